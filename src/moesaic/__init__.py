@@ -1,0 +1,75 @@
+"""Moesaic: build, train, look inside, transform and prove Mixture-of-Experts models.
+
+Start reading at ``moesaic/layer.py``. Nothing here imports transformers until the bridge to it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moesaic import balance, dispatch, experts, recipes, routers
+from moesaic.core.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoesaicError,
+    ShapeError,
+)
+from moesaic.core.plan import Plan
+from moesaic.core.routing import Routing
+from moesaic.layer import MoELayer
+
+if TYPE_CHECKING:
+    from moesaic import data, hf, telemetry
+    from moesaic.hf import record, sparsify
+    from moesaic.lens import report
+    from moesaic.telemetry import RoutingTrace
+
+__version__ = "0.1.0"
+
+# Imported when first used: these need transformers, or extras such as matplotlib and pyarrow.
+_LAZY_MODULES = ("data", "hf", "telemetry")
+_LAZY_NAMES = {
+    "RoutingTrace": "moesaic.telemetry",
+    "record": "moesaic.hf",
+    "report": "moesaic.lens",
+    "sparsify": "moesaic.hf",
+}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MoELayer",
+    "MoesaicError",
+    "Plan",
+    "Routing",
+    "RoutingTrace",
+    "ShapeError",
+    "balance",
+    "data",
+    "dispatch",
+    "experts",
+    "hf",
+    "recipes",
+    "record",
+    "report",
+    "routers",
+    "sparsify",
+    "telemetry",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"moesaic.{name}")
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
+    raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

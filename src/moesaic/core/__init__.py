@@ -1,0 +1,23 @@
+"""The table that everything reads, the plan that sorts it, and the words they share."""
+
+from moesaic.core.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoesaicError,
+    ShapeError,
+)
+from moesaic.core.plan import Plan
+from moesaic.core.routing import Routing
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MoesaicError",
+    "Plan",
+    "Routing",
+    "ShapeError",
+]

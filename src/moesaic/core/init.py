@@ -1,0 +1,30 @@
+"""How fresh weights are drawn. Modules take these as values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Init = Callable[[Tensor, int], None]
+"""Fills a weight in place, given the weight and its fan-in (inputs summed per output)."""
+
+
+def normal(std: float) -> Init:
+    """Draw from a normal distribution of fixed width, as most language models do."""
+
+    def draw(weight: Tensor, _fan_in: int) -> None:
+        nn.init.normal_(weight, std=std)
+
+    return draw
+
+
+def scaled_by_fan_in(scale: float = 1.0) -> Init:
+    """Draw from a normal of variance ``scale / fan_in``, cut off at two standard deviations (Switch, section 2.4)."""
+
+    def draw(weight: Tensor, fan_in: int) -> None:
+        std = math.sqrt(scale / fan_in)
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+    return draw

@@ -1,0 +1,62 @@
+"""In which order the rows are worked, and which are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.core.routing import Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Plan:
+    """The rows of a routing table, sorted by expert, those that reach no expert last.
+
+    Expert ``e`` works on places ``offset_E[e - 1]`` to ``offset_E[e]``; places from ``offset_E[-1]`` on are padding
+    or dropped. Within one expert, rows keep the order of the table, so every sum is taken in the same order each time.
+
+    Attributes:
+        row_N: the routing row at each place, int64: gather with it.
+        token_N: that row's token, int64.
+        weight_N: that row's weight; carries the router's gradient.
+        load_E: rows that each expert works on, int64; padding and dropped rows left out.
+        offset_E: cumulative ``load_E``, where each expert's rows end, int64.
+        kept_N: for each *routing* row, False if it reaches no expert, bool.
+    """
+
+    row_N: Tensor
+    token_N: Tensor
+    weight_N: Tensor
+    load_E: Tensor
+    offset_E: Tensor
+    kept_N: Tensor
+
+    @classmethod
+    def from_kept(cls, routing: Routing, kept_N: Tensor) -> Plan:
+        """Sort the rows that ``kept_N`` marks by expert; the rest go last.
+
+        Args:
+            routing: the table.
+            kept_N: bool (N,), False for rows that no expert may take.
+        """
+        num_experts = routing.num_experts
+        # Rows left out sort as if they went to an expert after the last.
+        expert_N = torch.where(kept_N, routing.expert_N, num_experts)
+        row_N = torch.argsort(expert_N, stable=True)
+        load_E = torch.zeros(num_experts, dtype=torch.int64, device=kept_N.device)
+        load_E.index_add_(0, routing.expert_N, kept_N.to(torch.int64))
+        return cls(
+            row_N=row_N,
+            token_N=routing.token_N[row_N],
+            weight_N=routing.weight_N[row_N],
+            load_E=load_E,
+            offset_E=load_E.cumsum(0),
+            kept_N=kept_N,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the plan serves."""
+        return self.load_E.shape[0]

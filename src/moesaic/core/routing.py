@@ -1,0 +1,152 @@
+"""Who goes where: the table of (token, expert, weight) rows that one router wrote for one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moesaic.core.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Routing:
+    """The table of (token, expert, weight) rows. A router writes it; everything else only reads it.
+
+    Rows of padding stay in the table, so that its size depends on nothing but the batch's shape; ``valid_N`` tells
+    them apart, and no count, loss or expert ever takes one.
+
+    Attributes:
+        expert_N: the expert of each row, int64.
+        token_N: the token of each row, int64.
+        weight_N: what the expert's output is multiplied by, in the router's precision (float32 or wider).
+        choice_N: 0 for a token's best expert, 1 for its second, and so on, int64.
+        logits_TE: the router's raw outputs.
+        scores_TE: the logits after the scoring function, before any selection bias.
+        valid_T: False where a token is padding, bool.
+        kept_N: False where a row reaches no expert: padding, or dropped by capacity, bool.
+        sequence_T: which sequence each token belongs to, int64; None reads as one sequence.
+    """
+
+    expert_N: Tensor
+    token_N: Tensor
+    weight_N: Tensor
+    choice_N: Tensor
+    logits_TE: Tensor
+    scores_TE: Tensor
+    valid_T: Tensor
+    kept_N: Tensor
+    sequence_T: Tensor | None = None
+
+    @classmethod
+    def from_choices(
+        cls,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        valid_T: Tensor | None = None,
+    ) -> Routing:
+        """Build the table of a router that picks K experts for every token.
+
+        Row ``t * K + k`` is token ``t``'s ``k``-th choice.
+
+        Args:
+            expert_TK: chosen experts, best first.
+            weight_TK: their weights.
+            logits_TE: raw router outputs.
+            scores_TE: scores over all experts.
+            valid_T: False where a token is padding; None when none is.
+        Raises:
+            ShapeError: if the five do not agree on T, K or E.
+        """
+        if expert_TK.ndim != 2 or expert_TK.shape != weight_TK.shape:
+            raise ShapeError(
+                f"expert_TK and weight_TK must both be (tokens, choices), got {tuple(expert_TK.shape)} and "
+                f"{tuple(weight_TK.shape)}. Pass one weight for each chosen expert."
+            )
+        num_tokens, top_k = expert_TK.shape
+        if logits_TE.ndim != 2 or logits_TE.shape != scores_TE.shape or logits_TE.shape[0] != num_tokens:
+            raise ShapeError(
+                f"logits_TE and scores_TE must both be ({num_tokens} tokens, experts), got {tuple(logits_TE.shape)} "
+                f"and {tuple(scores_TE.shape)}. Pass the outputs for the same tokens as the choices."
+            )
+        device = expert_TK.device
+        if valid_T is None:
+            valid_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
+        elif valid_T.shape != (num_tokens,):
+            raise ShapeError(
+                f"valid_T must be ({num_tokens},), one entry for each token, got {tuple(valid_T.shape)}. "
+                "Flatten the attention mask as the tokens were flattened."
+            )
+        token_N = torch.arange(num_tokens, device=device).repeat_interleave(top_k)
+        valid_T = valid_T.bool()
+        return cls(
+            expert_N=expert_TK.reshape(-1),
+            token_N=token_N,
+            weight_N=weight_TK.reshape(-1),
+            choice_N=torch.arange(top_k, device=device).repeat(num_tokens),
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            valid_T=valid_T,
+            kept_N=valid_T[token_N],
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the router chooses from."""
+        return self.scores_TE.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch, padding included."""
+        return self.scores_TE.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table, those of padding included."""
+        return self.expert_N.shape[0]
+
+    @property
+    def valid_N(self) -> Tensor:
+        """False on the rows of padding tokens, bool (N,)."""
+        return self.valid_T[self.token_N]
+
+    @property
+    def load_E(self) -> Tensor:
+        """Rows that the router gave each expert, int64 (E,): padding left out, rows later dropped counted.
+
+        Dropped rows count because the router chose them: leaving them out would make an overfull expert look
+        balanced (GShard Alg. 1 and Switch eq. 5 count before capacity too).
+        """
+        load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert_N.device)
+        return load_E.index_add_(0, self.expert_N, self.valid_N.to(torch.int64))
+
+    @property
+    def probability_TE(self) -> Tensor:
+        """Scores divided by their sum over experts, so that each token's add up to 1; differentiable.
+
+        Where every score of a token has underflowed to 0, this is the limit that the ratio tends to as logits fall,
+        ``softmax(logits)``. Adding an epsilon to the sum instead would let a router lower every balance loss by
+        shrinking all its scores.
+        """
+        total_T1 = self.scores_TE.sum(dim=-1, keepdim=True)
+        tiny = torch.finfo(self.scores_TE.dtype).tiny
+        ratio_TE = self.scores_TE / total_T1.clamp_min(tiny)
+        return torch.where(total_T1 > tiny, ratio_TE, self.logits_TE.softmax(dim=-1).to(ratio_TE.dtype))
+
+
+_FIELDS = tuple(field.name for field in fields(Routing))
+
+
+def _flatten(routing: Routing) -> tuple[list[Tensor | None], None]:
+    return [getattr(routing, name) for name in _FIELDS], None
+
+
+def _unflatten(leaves: object, _context: None) -> Routing:
+    return Routing(**dict(zip(_FIELDS, leaves, strict=True)))  # type: ignore[call-overload]
+
+
+pytree.register_pytree_node(Routing, _flatten, _unflatten, serialized_type_name="moesaic.Routing")

@@ -1,0 +1,14 @@
+"""Dropless dispatch: sort the rows by expert and let every expert take all of its rows."""
+
+from torch import nn
+
+from moesaic.core.plan import Plan
+from moesaic.core.routing import Routing
+
+
+class Sort(nn.Module):
+    """Keep every valid row, however many one expert gets (MegaBlocks, Gale et al. 2022)."""
+
+    def forward(self, routing: Routing) -> Plan:
+        """Sort the table's valid rows by expert."""
+        return Plan.from_kept(routing, routing.valid_N)

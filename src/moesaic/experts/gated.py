@@ -1,0 +1,59 @@
+"""Gated experts, SwiGLU and its kin: the kind that most language models use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.core.init import Init, normal
+from moesaic.core.plan import Plan
+from moesaic.experts.grouped import run_grouped
+from moesaic.kernels.activations import Activation, silu
+from moesaic.kernels.grouped_ffn import Kernel
+
+
+class GatedExperts(nn.Module):
+    """E gated feed-forward networks in three stacked weights: ``(act(x gate_e) * (x up_e)) down_e``.
+
+    With silu this is SwiGLU, with gelu GEGLU, with relu ReGLU (Shazeer 2020, "GLU Variants Improve Transformer").
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden: F, the hidden width of one expert.
+        activation: applied to the gate.
+        kernel: "auto", a kernel's name, or a :class:`~moesaic.kernels.grouped_ffn.Kernel`.
+        init: draws the initial weights.
+    Shape:
+        ``(T, D)`` and a plan -> ``(T, D)``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation = silu,
+        kernel: Kernel | str = "auto",
+        init: Init | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.kernel = kernel
+        self.gate_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.up_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, width))
+        draw = init or normal(0.02)
+        draw(self.gate_EDF, width)
+        draw(self.up_EDF, width)
+        draw(self.down_EFD, hidden)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return self.up_EDF.shape[0]
+
+    def forward(self, x_TD: Tensor, plan: Plan) -> Tensor:
+        """Run each expert over its rows; weigh and add what they return."""
+        return run_grouped(x_TD, plan, self.gate_EDF, self.up_EDF, self.down_EFD, self.activation, self.kernel)

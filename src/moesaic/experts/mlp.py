@@ -1,0 +1,55 @@
+"""Plain experts: two matrices and a non-linearity, as in Switch and GShard."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.core.init import Init, normal
+from moesaic.core.plan import Plan
+from moesaic.experts.grouped import run_grouped
+from moesaic.kernels.activations import Activation, relu
+from moesaic.kernels.grouped_ffn import Kernel
+
+
+class MLPExperts(nn.Module):
+    """E feed-forward networks in two stacked weights: ``act(x up_e) down_e``.
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden: F, the hidden width of one expert.
+        activation: ReLU in Switch and GShard, GELU in GPT-2.
+        kernel: "auto", a kernel's name, or a :class:`~moesaic.kernels.grouped_ffn.Kernel`.
+        init: draws the initial weights.
+    Shape:
+        ``(T, D)`` and a plan -> ``(T, D)``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation = relu,
+        kernel: Kernel | str = "auto",
+        init: Init | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.kernel = kernel
+        self.up_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, width))
+        draw = init or normal(0.02)
+        draw(self.up_EDF, width)
+        draw(self.down_EFD, hidden)
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return self.up_EDF.shape[0]
+
+    def forward(self, x_TD: Tensor, plan: Plan) -> Tensor:
+        """Run each expert over its rows; weigh and add what they return."""
+        return run_grouped(x_TD, plan, None, self.up_EDF, self.down_EFD, self.activation, self.kernel)

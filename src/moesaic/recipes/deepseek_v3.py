@@ -1,0 +1,75 @@
+"""DeepSeek-V3, 2024: sigmoid scores, a bias in place of a balance loss, groups, and a shared expert."""
+
+from __future__ import annotations
+
+from moesaic.balance import BiasRule, LossTerm, sequence_loss
+from moesaic.core.init import normal
+from moesaic.experts import GatedExperts, SharedExpert
+from moesaic.kernels.activations import activation as activation_named
+from moesaic.layer import MoELayer
+from moesaic.recipes.recipe import Recipe, drawn
+from moesaic.routers import GroupLimit, TopKRouter, sigmoid
+
+
+def deepseek_v3_layer(
+    width: int,
+    *,
+    hidden: int,
+    num_experts: int = 256,
+    top_k: int = 8,
+    num_shared: int = 1,
+    num_groups: int | None = None,
+    groups_kept: int | None = None,
+    scale: float = 2.5,
+    activation: str = "silu",
+    init_std: float | None = None,
+    kernel: str = "auto",
+) -> MoELayer:
+    """Select by biased sigmoid within the best groups, weigh by the unbiased one, add a shared expert.
+
+    Args:
+        width: D.
+        hidden: F, of each routed and each shared expert.
+        num_experts: routed experts.
+        top_k: routed experts per token.
+        num_shared: experts that every token visits.
+        num_groups: None for groups of 32 experts as published (8 of 256), and one group below 64 experts.
+        groups_kept: None for half of the groups as published (4 of 8).
+        scale: what the renormalised weights add up to.
+        activation: of the experts' gates.
+        init_std: 0.006 unless given (section 4.2).
+        kernel: of the routed experts.
+    """
+    init = drawn(init_std, normal(0.006))
+    if num_groups is None:
+        num_groups = num_experts // 32 if num_experts >= 64 and num_experts % 32 == 0 else 1
+    if groups_kept is None:
+        groups_kept = max(1, num_groups // 2)
+    groups = None
+    if num_groups > 1:
+        groups = GroupLimit(num_groups=num_groups, groups_kept=groups_kept, best_per_group=2)
+    router = TopKRouter(
+        width,
+        num_experts,
+        top_k=top_k,
+        score=sigmoid,
+        normalize="chosen",
+        scale=scale,
+        groups=groups,
+        selection_bias=True,
+        init=init,
+    )
+    act = activation_named(activation)
+    experts = GatedExperts(num_experts, width, hidden, activation=act, kernel=kernel, init=init)
+    shared = SharedExpert(width, num_shared * hidden, activation=act, init=init) if num_shared else None
+    return MoELayer(router, experts, shared=shared)
+
+
+DEEPSEEK_V3 = Recipe(
+    name="deepseek-v3",
+    year=2024,
+    summary="sigmoid scores with a selection bias for balance, node-limited groups, a shared expert",
+    citation="DeepSeek-AI. DeepSeek-V3 Technical Report. 2024. arXiv:2412.19437",
+    build=deepseek_v3_layer,
+    balance=(LossTerm(name="sequence", loss=sequence_loss, coefficient=1e-4), BiasRule(rate=1e-3)),
+)

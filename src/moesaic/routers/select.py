@@ -1,0 +1,25 @@
+"""Taking the K best of a row, with ties broken the same way on every device: the lowest index wins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_top_k(score_TE: Tensor, top_k: int) -> Tensor:
+    """Return the indices of the K largest scores of each row, best first; among equals the lowest index comes first.
+
+    ``torch.topk`` leaves the order of ties open: on CPU it gives indices 10, 11, 12, 9 for sixteen equal scores. Here a
+    float32 score and its index are packed into one integer, so that no two keys are equal.
+
+    Shape:
+        ``(T, E)`` -> ``(T, K)``, int64.
+    """
+    if score_TE.dtype == torch.float64:  # no integer is wide enough for 64 bits of score and an index
+        return torch.sort(score_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    # Adding 0 makes -0.0 equal to 0.0. Negative floats order backwards as integers: flip all bits but the sign.
+    bits_TE = (score_TE.detach().float() + 0.0).contiguous().view(torch.int32)
+    order_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE).to(torch.int64)
+    num_experts = score_TE.shape[-1]
+    last_first_E = torch.arange(num_experts - 1, -1, -1, device=score_TE.device)
+    return torch.topk(order_TE * num_experts + last_first_E, top_k, dim=-1).indices
