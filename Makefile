@@ -39,7 +39,7 @@ format: env      ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix
 
 docs: env        ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:           ## remove what the commands above made, runs/ apart
 	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

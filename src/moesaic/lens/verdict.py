@@ -1,0 +1,144 @@
+"""What the numbers come to, in plain sentences; each is computed, and says what chance or balance would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesaic.lens import metrics
+from moesaic.lens.information import Information
+from moesaic.lens.layers import layer_labels
+from moesaic.lens.runs import Run
+from moesaic.lens.tokens import one_line
+from moesaic.telemetry.trace import RoutingTrace
+
+_MOST_DOMAINS = 4
+
+
+def verdict(trace: RoutingTrace, runs: Sequence[Run], domain: list[Information]) -> list[str]:
+    """Who predicts better, how even the load is, whether experts split by domain, and what was dropped.
+
+    Sentences are plain text; whoever writes them into a page escapes them.
+    """
+    sentences = [_comparison(runs), _balance(trace), _domains(trace, domain), _drops(trace)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def twins(runs: Sequence[Run]) -> tuple[Run, Run] | None:
+    """The first sparse and the first dense run that both know their held-out bits per byte."""
+    known = [run for run in runs if "mean" in run.final_bits_per_byte]
+    sparse = next((run for run in known if run.is_sparse), None)
+    dense = next((run for run in known if not run.is_sparse), None)
+    return (sparse, dense) if sparse and dense else None
+
+
+def equal_terms(sparse: Run, dense: Run) -> str:
+    """On what terms two runs compare: which of active parameters and tokens are equal, to within one per cent."""
+    equal: list[str] = []
+    unequal: list[str] = []
+    for key, name in (("active_params", "active parameters"), ("tokens", "training tokens")):
+        first, second = sparse.summary.get(key), dense.summary.get(key)
+        if isinstance(first, int | float) and isinstance(second, int | float) and second > 0:
+            if abs(first / second - 1) <= 0.01:
+                equal.append(name)
+            else:
+                unequal.append(f"{first / second:.2f} times its {name}")
+    parts = []
+    if equal:
+        parts.append("with equal " + " and equal ".join(equal))
+    if unequal:
+        parts.append("with " + " and ".join(unequal))
+    return ", ".join(parts)
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    pair = twins(runs)
+    if pair is None:
+        alone = next((run for run in runs if "mean" in run.final_bits_per_byte), None)
+        if alone is None:
+            return ""
+        value = alone.final_bits_per_byte["mean"]
+        return f"{one_line(alone.label)} needs {value:.3f} bits for a byte of held-out text; guessing needs 8."
+    sparse, dense = (run.final_bits_per_byte for run in pair)
+    difference = 100 * (sparse["mean"] / dense["mean"] - 1)
+    numbers = f"{sparse['mean']:.3f} against {dense['mean']:.3f} bits per byte, {abs(difference):.1f} % "
+    terms = equal_terms(*pair)
+    terms = f", {terms}" if terms else ""
+    if abs(difference) < 0.1:
+        return f"The mixture of experts and its dense twin predict held-out text equally well: {numbers}apart{terms}."
+    better = difference < 0
+    both = [name for name in sparse if name in dense and name != "mean"]
+    ahead = [name for name in both if (sparse[name] < dense[name]) == better]
+    where = "in every domain" if len(ahead) == len(both) else f"in {_listed(ahead)} but not in the other domains"
+    return (
+        f"The mixture of experts predicts held-out text {'better' if better else 'worse'} than its dense twin: "
+        f"{numbers}{'fewer' if better else 'more'}{terms}."
+        + (f" It is {'ahead' if better else 'behind'} {where}." if both else "")
+    )
+
+
+def _balance(trace: RoutingTrace) -> str:
+    worst_L = metrics.max_over_mean(trace)
+    layer = int(np.nanargmax(worst_L))
+    worst = float(worst_L[layer])
+    words = ((1.25, "evenly"), (1.75, "fairly evenly"), (3.0, "unevenly"), (float("inf"), "very unevenly"))
+    word = next(word for limit, word in words if worst < limit)
+    where = f" ({_label(trace, layer)})" if trace.num_layers > 1 else ""
+    in_use = set(np.unique(trace.layer).tolist())
+    idle = [pair for pair in metrics.idle_experts(trace) if pair[0] in in_use]
+    total = sum(count for number, count in enumerate(trace.metadata.num_experts) if number in in_use)
+    rest = f"{len(idle)} of the {total} experts got nothing at all" if idle else f"none of the {total} experts is idle"
+    return (
+        f"The work is spread {word}: the busiest expert of the most uneven layer{where} takes {worst:.2f} times the "
+        f"average load (1 is perfect), and {rest}."
+    )
+
+
+def _domains(trace: RoutingTrace, domain: list[Information]) -> str:
+    layers = [number for number, value in enumerate(domain) if value.ceiling > 0]
+    if not layers:
+        return ""
+    layer = max(layers, key=lambda number: domain[number].bits - domain[number].chance)
+    best = domain[layer]
+    told = (
+        f"of the {best.ceiling:.2f} bits that name a token's domain, its expert in {_label(trace, layer)} "
+        f"tells {best.bits:.3f} (chance {best.chance:.3f})"
+    )
+    # The layer was picked as the best of several, so each gets its part of the 5 %.
+    if best.p_value * len(layers) > 0.05:
+        return f"Experts do not split by domain as far as this trace can tell: {told}."
+    part = (best.bits - best.chance) / best.ceiling
+    words = ((0.02, "hardly split"), (0.1, "split slightly"), (0.4, "split clearly"), (2.0, "split almost entirely"))
+    word = next(word for limit, word in words if part < limit)
+    takers = sorted(metrics.takers(trace, layer), key=lambda taker: taker.average - taker.share)[:_MOST_DOMAINS]
+    took = [
+        f"{one_line(taker.domain)} leans to expert {taker.expert} ({100 * taker.share:.0f} % of its choices, where the "
+        f"average domain has {100 * taker.average:.0f} %)"
+        for taker in takers
+    ]
+    return f"Experts {word} by domain: {told}." + (f" There {_joined(took)}." if part >= 0.02 else "")
+
+
+def _drops(trace: RoutingTrace) -> str:
+    dropped = int((~trace.kept).sum())
+    if not dropped:
+        return ""
+    rates_L = metrics.drop_rate(trace)
+    layer = int(np.nanargmax(rates_L))
+    return (
+        f"Experts had no room for {100 * dropped / trace.num_rows:.2g} % of the choices, "
+        f"{100 * rates_L[layer]:.2g} % in {_label(trace, layer)}, where it was worst."
+    )
+
+
+def _label(trace: RoutingTrace, layer: int) -> str:
+    return layer_labels(trace.metadata.layer_names)[trace.metadata.layer_names[layer]]
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return _joined([one_line(part) for part in parts])
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""

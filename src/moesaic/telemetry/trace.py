@@ -1,0 +1,373 @@
+"""A routing trace: every choice that every router made over some text, as columns, in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from moesaic.core.errors import BackendError, CheckpointError, ConfigError
+from moesaic.core.routing import Routing
+
+SCHEMA_VERSION = 1
+"""The newest form of trace file that this version writes and reads."""
+
+_METADATA_KEY = b"moesaic.routing_trace"
+
+_COLUMNS: dict[str, type[np.generic]] = {
+    "sequence": np.int32,
+    "position": np.int32,
+    "layer": np.int16,
+    "choice": np.int16,
+    "token_id": np.int32,
+    "expert": np.int32,
+    "weight": np.float32,
+    "score": np.float32,
+    "kept": np.bool_,
+    "domain": np.int16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceMetadata:
+    """What the columns of a trace refer to.
+
+    Attributes:
+        schema_version: the form of the file; ``SCHEMA_VERSION`` for traces made by this version.
+        model: what was traced, in words for a reader: a path or a model's name.
+        recipe: the recipe of its MoE layers, or empty.
+        layer_names: module path of each MoE layer, in depth order; ``layer`` indexes it.
+        num_experts: experts of each layer, in the same order.
+        top_k: choices that a token gets in a layer.
+        token_text: the text of each token id, or empty. A token whose bytes are no whole characters is
+            ``raw_bytes.decode("utf-8", "surrogateescape")``, so that every byte can be told.
+        domains: names of the kinds of text; ``domain`` indexes it, and -1 is a row of unknown kind.
+    """
+
+    model: str
+    layer_names: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    top_k: int
+    recipe: str = ""
+    token_text: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if len(self.layer_names) != len(self.num_experts):
+            raise ConfigError(
+                f"layer_names and num_experts must have one entry for each MoE layer, got {len(self.layer_names)} "
+                f"names and {len(self.num_experts)} counts. Give both, in depth order."
+            )
+        if any(count < 1 for count in self.num_experts):
+            raise ConfigError(
+                f"num_experts must be at least 1 in every layer, got {self.num_experts}. Leave dense layers out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RoutingTrace:
+    """One row for each (sequence, position, layer, choice); padding is left out.
+
+    Attributes:
+        metadata: what the numbers below refer to.
+        sequence: which piece of text, int32.
+        position: place of the token in its sequence, int32.
+        layer: index into ``metadata.layer_names``, int16.
+        choice: 0 for the token's best expert, int16.
+        token_id: the token, int32; -1 where the model reads no tokens.
+        expert: the chosen expert, int32.
+        weight: what the expert's output is multiplied by, float32.
+        score: the router's score of that expert, before any selection bias, float32.
+        kept: False where capacity dropped the row, bool.
+        domain: index into ``metadata.domains``, or -1, int16.
+    Raises:
+        ConfigError: if the columns differ in length or point outside the metadata.
+    """
+
+    metadata: TraceMetadata
+    sequence: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    layer: npt.NDArray[np.int16]
+    choice: npt.NDArray[np.int16]
+    token_id: npt.NDArray[np.int32]
+    expert: npt.NDArray[np.int32]
+    weight: npt.NDArray[np.float32]
+    score: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.bool_]
+    domain: npt.NDArray[np.int16]
+
+    def __post_init__(self) -> None:
+        for name, dtype in _COLUMNS.items():
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        lengths = {name: len(getattr(self, name)) for name in _COLUMNS}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"Every column of a trace must have the same number of rows, got {lengths}.")
+        if self.num_rows:
+            self._check_indices()
+
+    def _check_indices(self) -> None:
+        bounds = (
+            ("layer", self.layer, 0, len(self.metadata.layer_names), "layer_names"),
+            ("domain", self.domain, -1, len(self.metadata.domains), "domains"),
+        )
+        for name, column, low, high, source in bounds:
+            smallest, largest = int(column.min()), int(column.max())
+            if smallest < low or largest >= high:
+                raise ConfigError(
+                    f"The {name} column must lie in {low}..{high - 1} (metadata.{source} has {high}), "
+                    f"got {smallest}..{largest}. Give metadata that names every {name}."
+                )
+        num_experts_L = np.asarray(self.metadata.num_experts)
+        if (self.expert < 0).any() or (self.expert >= num_experts_L[self.layer]).any():
+            row = int(np.argmax((self.expert < 0) | (self.expert >= num_experts_L[self.layer])))
+            raise ConfigError(
+                f"Layer {int(self.layer[row])} has {num_experts_L[self.layer[row]]} experts, "
+                f"but row {row} names expert {int(self.expert[row])}. Give metadata of the model that was traced."
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the trace: choices, over all tokens and layers."""
+        return len(self.expert)
+
+    @property
+    def num_tokens(self) -> int:
+        """Different (sequence, position) pairs."""
+        return len(np.unique(self.sequence.astype(np.int64) << 32 | self.position.astype(np.int64)))
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers that the metadata names."""
+        return len(self.metadata.layer_names)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> RoutingTrace:
+        """The rows at which ``mask`` is True, under the same metadata."""
+        return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
+
+    @classmethod
+    def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Put traces of one model end to end; sequences are numbered on, domains are joined by name.
+
+        Raises:
+            ConfigError: if there are none, or if they come from models with other layers, experts or tokens.
+        """
+        if not traces:
+            raise ConfigError("concatenate needs at least one trace, got none.")
+        first = traces[0].metadata
+        for number, trace in enumerate(traces):
+            for name in ("layer_names", "num_experts", "top_k", "token_text"):
+                if getattr(trace.metadata, name) != getattr(first, name):
+                    raise ConfigError(
+                        f"Only traces of one model can be joined, but trace {number} has another {name} than "
+                        "trace 0. Join traces that were recorded from the same model and tokenizer."
+                    )
+        domains = tuple(dict.fromkeys(name for trace in traces for name in trace.metadata.domains))
+        columns = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _COLUMNS}
+        start = 0
+        sequence, domain = [], []
+        for trace in traces:
+            sequence.append(trace.sequence + start)
+            start += int(trace.sequence.max(initial=-1)) + 1
+            # The last entry is what -1 picks.
+            renumber = np.asarray([*(domains.index(name) for name in trace.metadata.domains), -1])
+            domain.append(renumber[trace.domain])
+        columns |= {"sequence": np.concatenate(sequence), "domain": np.concatenate(domain)}
+        return cls(metadata=replace(first, domains=domains), **columns)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a Parquet file, whole or not at all; what stood at ``path`` stays until the new file is complete.
+
+        Raises:
+            BackendError: if pyarrow is not installed.
+            CheckpointError: if the file cannot be written.
+        """
+        pa, parquet = _pyarrow()
+        path = Path(path)
+        metadata = {_METADATA_KEY: json.dumps(asdict(self.metadata)).encode()}
+        table = pa.table({name: getattr(self, name) for name in _COLUMNS}).replace_schema_metadata(metadata)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                parquet.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"The routing trace could not be written to {path}: {error.strerror or error}. "
+                "Free some space or give another path; what stood there before is untouched."
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Read what ``save`` wrote.
+
+        Raises:
+            BackendError: if pyarrow is not installed.
+            CheckpointError: if the file is missing, damaged, not a trace, or of a newer version.
+        """
+        pa, parquet = _pyarrow()
+        path = Path(path)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise CheckpointError(
+                f"A routing trace was expected at {path}, which {what}. Record one and save it there."
+            )
+        try:
+            with path.open("rb") as file:
+                metadata = _metadata(parquet.ParquetFile(file).schema_arrow.metadata, path)
+                file.seek(0)
+                table = parquet.ParquetFile(file).read()
+        except (pa.ArrowException, OSError) as error:
+            raise CheckpointError(
+                f"{path} is no readable Parquet file: it is another kind of file, cut short or damaged. "
+                "Record the trace again, or give the path of a file that RoutingTrace.save wrote."
+            ) from error
+        missing = [name for name in _COLUMNS if name not in table.column_names]
+        if missing:
+            raise CheckpointError(
+                f"{path} is a routing trace without the columns {', '.join(missing)}: something else has rewritten it. "
+                "Record the trace again."
+            )
+        try:
+            return cls(metadata=metadata, **{name: table.column(name).to_numpy() for name in _COLUMNS})
+        except (ConfigError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is a routing trace that contradicts itself. {error}") from error
+
+
+class TraceWriter:
+    """Collects the routings of a model, layer by layer and batch by batch, into one trace.
+
+    Holds 31 bytes for each choice, as narrow columns on the CPU; nothing of the graph or of the scores that were not
+    chosen stays alive.
+
+    Args:
+        metadata: layers and experts are checked against it as rows come; its domains may be given later, to ``trace``.
+    """
+
+    def __init__(self, metadata: TraceMetadata):
+        self.metadata = metadata
+        self._chunks: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _COLUMNS}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows collected so far."""
+        return sum(map(len, self._chunks["expert"]))
+
+    def add(
+        self,
+        layer: int,
+        routing: Routing,
+        token_id_T: Tensor | None,
+        position_T: Tensor,
+        sequence_T: Tensor,
+        domain_T: Tensor | None = None,
+    ) -> None:
+        """Take down one layer's routing of one batch.
+
+        Args:
+            layer: index of the layer in ``metadata.layer_names``.
+            routing: its rows of padding tokens are left out.
+            token_id_T: the tokens; None where the model reads none.
+            position_T: place of each token in its sequence.
+            sequence_T: number of each token's sequence, different for every sequence of the whole trace.
+            domain_T: index of each token's domain, -1 where unknown; None for all unknown.
+        Raises:
+            ConfigError: if the layer is not in the metadata, has another number of experts, or a column another length.
+        """
+        given = {"token_id_T": token_id_T, "position_T": position_T, "sequence_T": sequence_T, "domain_T": domain_T}
+        self._check(layer, routing, given)
+        valid_N = _numpy(routing.valid_N)
+        token_N = _numpy(routing.token_N)[valid_N]
+        rows = {
+            "choice": _numpy(routing.choice_N)[valid_N],
+            "expert": _numpy(routing.expert_N)[valid_N],
+            "weight": _numpy(routing.weight_N.float())[valid_N],
+            "score": _numpy(routing.scores_TE[routing.token_N, routing.expert_N].float())[valid_N],
+            "kept": _numpy(routing.kept_N)[valid_N],
+            "layer": np.full(len(token_N), layer),
+        }
+        for name, column_T in given.items():
+            column = np.full(len(token_N), -1) if column_T is None else _numpy(column_T)[token_N]
+            rows[name.removesuffix("_T")] = column
+        for name, dtype in _COLUMNS.items():
+            self._chunks[name].append(rows[name].astype(dtype))
+
+    def _check(self, layer: int, routing: Routing, given: dict[str, Tensor | None]) -> None:
+        if not 0 <= layer < len(self.metadata.layer_names):
+            raise ConfigError(
+                f"layer must be in 0..{len(self.metadata.layer_names) - 1}, got {layer}. Name it in the metadata first."
+            )
+        if routing.num_experts != self.metadata.num_experts[layer]:
+            raise ConfigError(
+                f"Layer {layer} has {self.metadata.num_experts[layer]} experts in the metadata, but this routing has "
+                f"{routing.num_experts}. Give metadata of the model that is being traced."
+            )
+        for name, column_T in given.items():
+            if column_T is not None and tuple(column_T.shape) != (routing.num_tokens,):
+                raise ConfigError(
+                    f"{name} must have one entry for each of the routing's {routing.num_tokens} tokens, "
+                    f"got shape {tuple(column_T.shape)}. Flatten it as the tokens were flattened."
+                )
+
+    def trace(self, metadata: TraceMetadata | None = None) -> RoutingTrace:
+        """Everything collected so far; ``metadata`` replaces the writer's, for domains that were met on the way."""
+        columns = {
+            name: np.concatenate([np.empty(0, dtype), *self._chunks[name]], dtype=dtype)
+            for name, dtype in _COLUMNS.items()
+        }
+        return RoutingTrace(metadata=metadata or self.metadata, **columns)
+
+
+def _numpy(column: Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = column.detach().cpu().numpy()
+    return array
+
+
+def _metadata(stored: dict[bytes, bytes] | None, path: Path) -> TraceMetadata:
+    if not stored or _METADATA_KEY not in stored:
+        raise CheckpointError(
+            f"{path} is a Parquet file, but not a routing trace. Give the path of a file that RoutingTrace.save wrote."
+        )
+    try:
+        values = json.loads(stored[_METADATA_KEY])
+        version = int(values["schema_version"])
+        if version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path} has trace schema version {version}, and this Moesaic reads up to {SCHEMA_VERSION}. "
+                "Update Moesaic, or record the trace again."
+            )
+        known = {item.name for item in fields(TraceMetadata)}
+        return TraceMetadata(**{k: _frozen(v) for k, v in values.items() if k in known})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is a routing trace whose description is damaged. Record it again.") from error
+
+
+def _frozen(value: object) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BackendError(
+            "Routing traces on disk need pyarrow, which is not installed. Try: pip install 'moesaic[data]'"
+        ) from error
+    return pyarrow, pyarrow.parquet

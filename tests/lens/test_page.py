@@ -1,0 +1,326 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from moesaic.core.errors import BackendError, CheckpointError, DataError
+from moesaic.lens import drawing, page, palette, report
+from moesaic.lens.passages import passages
+from moesaic.lens.routing_figures import domain_heat_map
+from moesaic.lens.runs import read_run
+from moesaic.lens.training_figures import drops_and_entropy
+from tests.lens.conftest import random_trace, write_run
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</style><b>",
+    "</script>",
+    "\"'&amp;&lt;",
+    "]]>--><!--",
+    "$x_^{\\frac",
+    "${title}",
+    "<img src=x onerror=alert(1)>",
+    "\u202egnp.exe",
+    "\udcff\x00",
+)
+
+
+class Outline(HTMLParser):
+    """What a browser would see: elements, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.attributes, self.texts, self.comments, self.open = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def handle_comment(self, data):
+        self.comments.append(data)
+
+    def text(self):
+        return "".join(data for tag, data in self.texts if tag not in ("script", "style"))
+
+
+@pytest.fixture(scope="module")
+def twin_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twins")
+    trace = random_trace(lean=1.5)
+    runs = {
+        "moe": write_run(folder / "moe", trace),
+        "dense": write_run(folder / "dense", trace, dense=True, offset=0.1),
+    }
+    return report(trace, folder / "out" / "page.html", runs=runs, title="Demo")
+
+
+def test_the_page_tells_everything_of_a_moe_and_its_twin(twin_page):
+    assert twin_page.name == "page.html"
+    seen = Outline(twin_page.read_text(encoding="utf-8"))
+    assert seen.open == []
+    for words in (
+        "better than its dense twin: 1.775 against 1.875 bits per byte",
+        "1 k of 3 k",
+        "Which expert takes which domain",
+        "How the work is spread over the experts",
+        "What decides the expert: the domain, or just the token?",
+        "How well the models learn to predict the text",
+        "Held-out bits per byte, by domain",
+        "How uneven the load is while the model learns",
+        "Who does the work, from the first step to the last",
+        "What is dropped, and how sure the routers are",
+        "Tokens that each expert prefers",
+        "Read along with the experts",
+        "How these figures were made",
+    ):
+        assert words in seen.text()
+    names = ["by_domain", "domains", "drops_entropy", "film", "imbalance", "information", "load", "loss", "repetition"]
+    assert sorted(file.stem for file in (twin_page.parent / "figures").iterdir()) == names
+    assert seen.elements.count("svg") == len(names)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (twin_page.parent / "figures").iterdir())
+
+
+def test_the_page_needs_no_network_and_no_other_file(twin_page):
+    seen = Outline(twin_page.read_text(encoding="utf-8"))
+    assert not {"link", "iframe", "img", "object", "embed", "base", "form"} & set(seen.elements)
+    for tag, name, value in seen.attributes:
+        if name in ("src", "srcset", "action", "data", "poster"):
+            pytest.fail(f"<{tag} {name}={value!r}>")
+        if name in ("href", "xlink:href"):
+            assert value.startswith(("#", "data:")), value
+    styles = "".join(data for tag, data in seen.texts if tag == "style")
+    assert "@import" not in styles
+    assert "url(" not in styles
+    assert "fetch(" not in page._asset("page.js")
+    assert "http" not in page._asset("page.js")
+
+
+def test_ids_are_used_once_and_references_lead_somewhere(twin_page):
+    seen = Outline(twin_page.read_text(encoding="utf-8"))
+    ids = [value for _, name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for _, name, value in seen.attributes if name == "xlink:href" and value[0] == "#"} <= set(ids)
+
+
+def hostile_trace(trace):
+    texts = list(trace.metadata.token_text)
+    for token, text in zip(np.unique(trace.token_id), HOSTILE * 10, strict=False):
+        texts[token] = text
+    metadata = replace(
+        trace.metadata,
+        token_text=tuple(texts),
+        domains=HOSTILE[:3],
+        layer_names=(f"{HOSTILE[0]}.a", f"{HOSTILE[3]}.b"),
+        model=HOSTILE[1],
+        recipe=HOSTILE[7],
+    )
+    return replace(trace, metadata=metadata)
+
+
+def test_nothing_hostile_in_names_tokens_or_titles_arrives_unescaped(tmp_path, random_trace, write_run):
+    trace = hostile_trace(random_trace(num_sequences=60, lean=2.0))
+    names = trace.metadata.layer_names
+    runs = {
+        HOSTILE[0]: write_run(tmp_path / "moe", trace, domains=HOSTILE[:3], names=names),
+        HOSTILE[5]: write_run(tmp_path / "dense", trace, dense=True, domains=HOSTILE[:3]),
+    }
+    title = " ".join(HOSTILE)
+    text = report(trace, tmp_path / "page.html", runs=runs, title=title).read_text(encoding="utf-8")
+    seen = Outline(text)
+    assert seen.open == []
+    assert seen.elements.count("script") == 2
+    assert seen.elements.count("style") == 1
+    assert not {"b", "img"} & set(seen.elements)
+    assert not [name for _, name, _ in seen.attributes if name.startswith("on")]
+    assert not any("gnp" in comment or "alert" in comment for comment in seen.comments)
+    assert [data for tag, data in seen.texts if tag == "title"] == [page.one_line(title)]
+    for words in HOSTILE[:9]:
+        assert words.replace("\u202e", "\\u{202E}") in seen.text()
+    assert "\u202e" not in text
+    (data,) = [data for tag, data in seen.texts if tag == "script" and data.startswith("{")]
+    assert "<" not in data
+    assert json.loads(data)["layers"] == [page.one_line(name) for name in names]
+
+
+def test_the_same_trace_gives_the_same_page(tmp_path, random_trace):
+    first = report(random_trace(), tmp_path / "one").read_bytes()
+    assert report(random_trace(), tmp_path / "two").read_bytes() == first
+
+
+def test_a_folder_gets_report_html(tmp_path, random_trace, monkeypatch):
+    monkeypatch.setattr(page, "figures", lambda *_: [])
+    (tmp_path / "odd.html").mkdir()
+    assert report(random_trace(), tmp_path / "new") == tmp_path / "new" / "report.html"
+    assert report(random_trace(), tmp_path / "odd.html") == tmp_path / "odd.html" / "report.html"
+
+
+@pytest.mark.slow
+def test_one_run_of_a_dense_model_still_makes_a_page(tmp_path, random_trace, write_run):
+    run = write_run(tmp_path / "dense", random_trace(), dense=True)
+    text = report(random_trace(), tmp_path / "out", runs={"dense": run}).read_text(encoding="utf-8")
+    assert "dense needs 1.775 bits for a byte" in text
+    assert not (tmp_path / "out" / "figures" / "film.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_has_hardly_begun_makes_a_page(tmp_path, random_trace, write_run):
+    for steps in (0, 1):
+        run = write_run(tmp_path / f"run{steps}", random_trace(), steps=steps)
+        assert report(random_trace(), tmp_path / "out", runs={"moe": run}).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_experts", [(1,), (4, 7, 16), (40,)])
+def test_layers_of_any_and_of_different_sizes_make_a_page(tmp_path, random_trace, write_run, num_experts):
+    trace = random_trace(num_experts=num_experts, top_k=min(2, *num_experts), num_sequences=3)
+    run = write_run(tmp_path / "moe", trace)
+    seen = Outline(report(trace, tmp_path, runs={"moe": run}).read_text(encoding="utf-8"))
+    assert seen.open == []
+    assert "top " in seen.text()
+
+
+@pytest.mark.slow
+def test_more_layers_than_the_page_shows_are_thinned_and_counted(tmp_path, random_trace):
+    trace = random_trace(num_experts=(3,) * 20, num_sequences=3, length=8)
+    seen = Outline(report(trace, tmp_path).read_text(encoding="utf-8"))
+    assert "12 of 20 layers are shown." in seen.text()
+    assert seen.elements.count("details") == 12
+
+
+def test_traces_without_domains_tokens_or_text_make_a_page(tmp_path, random_trace, without_domains, make_trace):
+    unknown = without_domains(random_trace())
+    no_tokens = replace(unknown, token_id=np.full(unknown.num_rows, -1))
+    no_text = replace(unknown, metadata=replace(unknown.metadata, token_text=(), domains=()))
+    single = make_trace([(0, 0, 0, 0, 65, 0, 0)])
+    for trace in (unknown, no_tokens, no_text, single):
+        assert Outline(report(trace, tmp_path).read_text(encoding="utf-8")).open == []
+
+
+def test_a_trace_without_rows_is_refused_with_a_way_out(tmp_path, make_trace):
+    with pytest.raises(DataError) as error:
+        report(make_trace([]), tmp_path / "page.html")
+    assert str(error.value) == (
+        "A report needs a trace with rows, and this one has none. Run at least one batch of text through the "
+        "model while recording."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_leaves_the_old_page(tmp_path, monkeypatch, random_trace):
+    path = report(random_trace(), tmp_path)
+    before = path.read_bytes()
+    write_bytes = type(path).write_bytes
+
+    def disk_full(self, content):
+        if "report.html" in self.name:
+            write_bytes(self, content[:100])
+            raise OSError(28, "No space left on device")
+        return write_bytes(self, content)
+
+    monkeypatch.setattr(type(path), "write_bytes", disk_full)
+    with pytest.raises(CheckpointError) as error:
+        report(random_trace(seed=1), tmp_path)
+    assert str(error.value) == (
+        f"The report could not be written to {path}: No space left on device. "
+        "Free some space or give another path; what stood there before is untouched."
+    )
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+def test_matplotlib_and_pyarrow_are_imported_only_when_needed():
+    code = (
+        "import sys, moesaic.lens, moesaic.lens.page, moesaic.telemetry.trace;"
+        "print([name for name in ('matplotlib', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_matplotlib_says_what_to_install(monkeypatch, random_trace, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BackendError) as error:
+        report(random_trace(), tmp_path)
+    assert str(error.value) == ("Figures need matplotlib, which is not installed. Try: pip install 'moesaic[report]'")
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(random_trace, tmp_path):
+    import matplotlib
+
+    before = matplotlib.rcParams.copy()
+    report(random_trace(), tmp_path)
+    assert matplotlib.rcParams.copy() == before
+
+
+def test_drawing_needs_no_pyplot():
+    code = (
+        "import sys; from moesaic.lens.drawing import draw; draw('a', 'b', 'c', 1.0, lambda figure: figure.subplots());"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_heat_map_prints_the_shares_in_per_cent(make_trace):
+    rows = [(0, n, 0, 0, 65, 2 if n < 73 else 0, 0) for n in range(100)] + [(1, n, 0, 0, 65, 1, 1) for n in range(50)]
+    svg = domain_heat_map(make_trace(rows)).svg
+    for number, times in (("73", 1), ("27", 1), ("100", 1)):
+        assert svg.count(f">{number}</text>") == times
+    assert "var(--more)" in svg
+    assert palette.MORE not in svg
+
+
+@pytest.mark.parametrize("num_experts", [1, 8, 9, 10, 64])
+def test_no_two_experts_share_a_colour_in_either_form(num_experts):
+    for form in zip(*palette.expert_colours(num_experts), strict=True):
+        assert len(set(form)) == num_experts
+
+
+def test_names_at_line_ends_keep_apart_and_stay_close():
+    placed = drawing._apart([0.0, 0.1, 0.2, 9.0], 1.0)
+    assert placed == pytest.approx([-0.9, 0.1, 1.1, 9.0])
+
+
+def test_a_character_cut_over_byte_tokens_is_shown_whole(make_trace):
+    raw = "é—x".encode() + b"\xff"
+    trace = make_trace([(0, place, 0, 0, byte, 0, 0) for place, byte in enumerate(raw)])
+    (passage,) = passages(trace)
+    assert passage.texts == ["é", "", "—", "", "", "x", "\\xFF"]
+    assert passage.choices[0][0] == [(0, 0.5)]
+
+
+def test_a_passage_is_the_longest_text_of_its_domain_and_no_longer_than_asked(make_trace):
+    rows = [(0, n, 0, 0, 65, 0, 0) for n in range(3)] + [(1, n, 0, 0, 66, 1, 0) for n in range(9)]
+    (passage,) = passages(make_trace(rows), max_tokens=4)
+    assert passage.texts == ["B"] * 4
+
+
+def test_a_run_that_drops_nothing_says_so_instead_of_drawing_zeros(tmp_path, random_trace, write_run):
+    folder = write_run(tmp_path, random_trace())
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    for line in history:
+        line["drop_rate"] = dict.fromkeys(line.get("drop_rate", {}), 0.0)
+    (folder / "history.jsonl").write_text("\n".join(map(json.dumps, history)))
+    picture = drops_and_entropy(read_run("moe", folder))
+    assert picture.title == "How sure the routers are"
+    assert picture.note.startswith("No choice was dropped at any logged step. Entropy:")
+    assert "dropped for lack of room" not in picture.svg
