@@ -19,6 +19,7 @@ from moesaic.core.errors import (
 )
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
+from moesaic.hf.register import register as _register
 from moesaic.layer import MoELayer
 
 if TYPE_CHECKING:
@@ -73,3 +74,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
+
+
+# So that AutoModel.from_pretrained knows our models, whichever of the two packages is imported first.
+_register()

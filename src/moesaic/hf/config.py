@@ -1,0 +1,98 @@
+"""Configurations of sparse models: a subclass of the dense model's, made when it is needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedConfig
+
+from moesaic.core.errors import CheckpointError, ConfigError
+
+MODEL_TYPE = "moesaic"
+"""What ``config.json`` says in ``model_type``; ``base_model_type`` there names the dense model."""
+
+
+_Maker = TypeVar("_Maker", bound=Callable[..., Any])
+
+
+def made_once(maker: _Maker) -> _Maker:
+    """``functools.cache`` for functions of classes, which mypy takes for unhashable."""
+    return cast(_Maker, cache(maker))
+
+
+class MoesaicConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """What transformers finds under ``model_type: moesaic``: reads the file, gives the subclass that belongs to it."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a sparse model, of a class derived from its dense model's configuration.
+
+        Raises:
+            CheckpointError: if the entry is damaged, of a newer version, or of a model that transformers lacks.
+        """
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        from moesaic.hf.modeling import join_auto_classes
+        from moesaic.hf.spec import SparseSpec
+
+        SparseSpec.from_dict(config_dict.get("moesaic"))
+        base = config_dict.get("base_model_type")
+        if not isinstance(base, str) or base not in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"This model's config.json names the dense model {base!r}, which transformers does not have. "
+                "Update transformers, or copy the folder again from where it was saved."
+            )
+        config_class = sparse_config_class(CONFIG_MAPPING[base])
+        join_auto_classes(config_class)
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+@made_once
+def sparse_config_class(dense: type[PreTrainedConfig]) -> type[Any]:
+    """The configuration class of sparse models whose dense sibling has ``dense``.
+
+    Beside the dense model's fields, its objects have ``base_model_type`` and ``moesaic``, the dictionary that
+    :class:`~moesaic.hf.spec.SparseSpec` reads.
+    """
+
+    def reduce(self: PreTrainedConfig, _protocol: int) -> tuple[Any, ...]:
+        return _new_config, (dense,), self.__dict__
+
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"{dense.__name__}, and where which MoE layers stand.",
+        "__reduce_ex__": reduce,
+        "model_type": MODEL_TYPE,
+        "dense_class": dense,
+    }
+    return type(f"Sparse{dense.__name__}", (dense,), namespace)
+
+
+def sparse_config(dense: PreTrainedConfig, spec: dict[str, Any]) -> PreTrainedConfig:
+    """A copy of a dense model's configuration that also tells its MoE layers.
+
+    Raises:
+        ConfigError: if transformers could not find the dense class again by its name.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if dense.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[dense.model_type] is not type(dense):
+        raise ConfigError(
+            f"The model's class must be one that transformers knows by its model_type, got {type(dense).__name__} "
+            f"with model_type {dense.model_type!r}. Register it with AutoConfig.register first."
+        )
+    config = copy.deepcopy(dense)
+    config.__class__ = sparse_config_class(type(dense))
+    config.base_model_type = dense.model_type
+    config.moesaic = spec
+    return config
+
+
+def _new_config(dense: type[PreTrainedConfig]) -> PreTrainedConfig:
+    config_class: type[PreTrainedConfig] = sparse_config_class(dense)
+    return config_class.__new__(config_class)
