@@ -1,0 +1,205 @@
+"""Every number of a training run, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from moesaic.core.errors import ConfigError
+
+Option: TypeAlias = float | int | str | bool
+
+BACKBONES = ("llama", "qwen3", "gpt2")
+DTYPES = ("auto", "float32", "bfloat16")
+
+# Settings that a resumed run may change: none of them reaches a weight.
+FREE_TO_CHANGE = frozenset({"out", "eval_every", "eval_tokens", "save_every", "log_every", "keep"})
+
+_POSITIVE = ("width", "layers", "steps", "batch_size", "grad_accumulation", "log_every", "keep")
+_POSITIVE_OR_AUTO = ("heads", "hidden", "num_experts", "top_k", "eval_every", "eval_tokens", "save_every")
+_NOT_NEGATIVE = ("warmup", "seed", "weight_decay")
+_WHOLE = (*_POSITIVE, *_POSITIVE_OR_AUTO, "warmup", "seed", "context")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What to train, on what, for how long. ``None`` means: work it out from the others (done on construction).
+
+    Args:
+        out: the run folder.
+        recipe: a name from ``moesaic.recipes.names()``.
+        data: ``builtin``, or a text file, JSON lines, Parquet or folder.
+        tokenizer: ``bytes``, ``bpe:SIZE`` or a tokenizer folder.
+        backbone: ``llama``, ``qwen3`` or ``gpt2``.
+        width: size of the residual stream.
+        layers: transformer blocks.
+        heads: attention heads; by default as many heads of 32 as fit.
+        hidden: hidden size of one expert; by default ``2 * width``.
+        num_experts: experts of each layer; by default the recipe's.
+        top_k: experts that a token meets; by default the recipe's.
+        context: tokens of one training sequence.
+        options: further options of the recipe.
+        aux_coefficients: how strongly balance losses pull, by name; by default as the recipe says.
+        init_std: standard deviation of the initial weights of MoE and twin; by default 0.02, and for widths below
+            768 larger as one over the square root of the width, so that activations keep their size.
+        steps: optimizer steps.
+        batch_size: sequences of one micro-batch and device.
+        grad_accumulation: micro-batches of one optimizer step.
+        lr: highest learning rate; a cosine takes it to a tenth at the last step.
+        warmup: steps over which the learning rate rises from 0; by default a twentieth of ``steps``.
+        weight_decay: decoupled decay, on matrices only.
+        clip: largest norm of the gradient.
+        dtype: ``auto`` is float32 on a CPU and bfloat16 autocast on CUDA.
+        seed: of weights, noise and the order of the data.
+        twin: train the dense twin too.
+        eval_every: steps between evaluations; by default a tenth of ``steps``.
+        eval_tokens: held-out tokens of each domain that an evaluation during training reads; all of them by
+            default. The last evaluation always reads all.
+        save_every: steps between checkpoints; by default a fifth of ``steps``.
+        log_every: steps between lines of ``history.jsonl``.
+        keep: checkpoints to keep.
+    Raises:
+        ConfigError: if a setting cannot be met.
+    """
+
+    out: Path
+    recipe: str = "mixtral"
+    data: str = "builtin"
+    tokenizer: str = "bytes"
+    backbone: str = "llama"
+    width: int = 128
+    layers: int = 4
+    heads: int | None = None
+    hidden: int | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    context: int = 256
+    options: Mapping[str, Option] = field(default_factory=dict)
+    aux_coefficients: Mapping[str, float] = field(default_factory=dict)
+    init_std: float | None = None
+    steps: int = 1000
+    batch_size: int = 16
+    grad_accumulation: int = 1
+    lr: float = 2e-3
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dtype: str = "auto"
+    seed: int = 0
+    twin: bool = False
+    eval_every: int | None = None
+    eval_tokens: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _fill(self, "out", Path(self.out))
+        self._check_numbers()
+        self._check_choices()
+        if self.heads is None:
+            _fill(self, "heads", max(1, self.width // 32))
+        self._check_attention(self.heads or 1)
+        _default(self, "hidden", 2 * self.width)
+        _default(self, "init_std", 0.02 * max(1.0, math.sqrt(768 / self.width)))
+        _default(self, "warmup", self.steps // 20)
+        _default(self, "eval_every", max(1, self.steps // 10))
+        _default(self, "save_every", max(1, self.steps // 5))
+        self._check_layer()
+        if self.warmup is not None and self.warmup >= self.steps:
+            raise ConfigError(
+                f"warmup must be shorter than steps={self.steps}, got {self.warmup}. Lower warmup, or train longer."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}. Pass {name} without a fraction.")
+        for name in (*_POSITIVE, *_POSITIVE_OR_AUTO):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}. Raise {name}.")
+        if self.context < 2:
+            raise ConfigError(f"context must be at least 2, got {self.context}. Raise context.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, got {value}. Raise {name}.")
+        for name in ("lr", "clip", "init_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a finite number above 0, got {value}. Raise {name}.")
+
+    def _check_choices(self) -> None:
+        for name, choices in (("backbone", BACKBONES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}. Pick one of them.")
+        if self.tokenizer == "":
+            raise ConfigError("tokenizer must be bytes, bpe:SIZE or a folder, got an empty name. Use bytes.")
+
+    def _check_layer(self) -> None:
+        """Build one layer without memory, so that a recipe's own refusals come before any file is touched."""
+        from moesaic import recipes
+
+        options: dict[str, Any] = {"num_experts": self.num_experts, "top_k": self.top_k, **self.options}
+        recipe = recipes.get(self.recipe)
+        with torch.device("meta"):
+            recipe.layer(self.width, hidden=self.hidden or 1, **options)
+
+    def _check_attention(self, heads: int) -> None:
+        if self.width % heads:
+            raise ConfigError(
+                f"heads must divide width={self.width}, got {heads}. Try heads={math.gcd(self.width, heads)}."
+            )
+        if self.backbone != "gpt2" and (self.width // heads) % 2:
+            raise ConfigError(
+                f"width / heads must be even for the rotary positions of {self.backbone}, got {self.width} / {heads} = "
+                f"{self.width // heads}. Change heads or width."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions that one device reads in one optimizer step."""
+        return self.batch_size * self.grad_accumulation * self.context
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting but ``out``, as JSON values; paths are absolute, so that a run resumes from anywhere."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "out"}
+        values["options"] = dict(self.options)
+        values["aux_coefficients"] = dict(self.aux_coefficients)
+        for name in ("data", "tokenizer"):
+            if Path(values[name]).exists() and values[name] not in ("builtin", "bytes"):
+                values[name] = str(Path(values[name]).resolve())
+        return values
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], out: Path) -> TrainConfig:
+        """Build the config back from :meth:`settings`.
+
+        Raises:
+            ConfigError: if a name is not a setting.
+        """
+        known = {item.name for item in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(
+                    f"{name!r} is not a setting of a training run; there are {', '.join(sorted(known))}. "
+                    "Correct the name, or use the version of Moesaic that wrote the run."
+                )
+        return cls(**{**settings, "out": out})
+
+
+def _fill(config: TrainConfig, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _default(config: TrainConfig, name: str, value: Any) -> None:
+    if getattr(config, name) is None:
+        _fill(config, name, value)

@@ -1,0 +1,148 @@
+"""Held-out bits per byte, by domain: a figure that does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesaic.core.errors import DataError
+from moesaic.train.meter import RoutingMeter
+from moesaic.train.order import collate
+
+
+class Blocks(Protocol):
+    """Token blocks labelled by domain, as ``moesaic.data.TokenBlocks``."""
+
+    @property
+    def domains(self) -> Sequence[str]:
+        """Names of the domains, by index."""
+
+    @property
+    def num_bytes_per_domain(self) -> Any:
+        """UTF-8 bytes of the predicted text, by name or index of the domain."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What a model scored on held-out text.
+
+    Attributes:
+        bits_per_byte: by domain, and ``mean``: the unweighted mean over domains.
+        load_max_over_mean: the fullest expert's load over the mean load, averaged over layers; None without MoE.
+        drop_rate: share of rows that capacity dropped, averaged over layers; None without MoE.
+    """
+
+    bits_per_byte: Mapping[str, float]
+    load_max_over_mean: float | None
+    drop_rate: float | None
+
+
+class Evaluator:
+    """Measures bits per byte on held-out blocks.
+
+    The bits of every predicted token are summed in float64 and divided by the UTF-8 bytes of the text, exactly over
+    the set and whatever the batch size. Nothing random is drawn and no controller is moved. Under
+    ``torch.distributed`` each rank reads its share.
+
+    Args:
+        blocks: held-out text.
+        batch_size: blocks of one forward.
+        max_tokens: read no more than about this many tokens of each domain, evenly spread; the bytes of the part are
+            then reckoned from the domain's mean bytes per token.
+    Raises:
+        DataError: if there is no held-out text.
+    """
+
+    def __init__(self, blocks: Blocks, *, batch_size: int = 16, max_tokens: int | None = None):
+        if not len(blocks):
+            raise DataError("an evaluation needs at least one block of held-out text, got none. Hold out more text.")
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.domains = tuple(blocks.domains)
+        in_domain: list[list[int]] = [[] for _ in self.domains]
+        tokens = [[0] for _ in self.domains]
+        for index in range(len(blocks)):
+            block = blocks[index]
+            domain = int(block["domain"])
+            in_domain[domain].append(index)
+            tokens[domain].append(_num_predicted(block["labels"]))
+        self._chosen = [
+            index
+            for domain, indices in enumerate(in_domain)
+            for index in _spread(indices, max_tokens, sum(tokens[domain]))
+        ]
+        self._num_tokens = [sum(counts) for counts in tokens]
+        self._num_bytes = [_bytes_of(blocks, index) for index in range(len(self.domains))]
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, *, autocast: AbstractContextManager[Any] | None = None) -> Evaluation:
+        """Evaluate; the model is left in the mode it came in."""
+        device = next(model.parameters()).device
+        totals = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=device)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = self._chosen[rank::world]
+        was_training = model.training
+        model.eval()
+        try:
+            with RoutingMeter(model, training=False) as meter, autocast or nullcontext():
+                for start in range(0, len(mine), self.batch_size):
+                    items = [self.blocks[index] for index in mine[start : start + self.batch_size]]
+                    domain_B = torch.stack([item["domain"].reshape(()) for item in items]).to(device)
+                    totals.index_add_(0, domain_B, _bits_and_tokens(model, items, device))
+                load_max_over_mean, drop_rate = meter.means()
+        finally:
+            model.train(was_training)
+        if world > 1:
+            dist.all_reduce(totals)
+        return Evaluation(
+            bits_per_byte=self._per_byte(totals.tolist()), load_max_over_mean=load_max_over_mean, drop_rate=drop_rate
+        )
+
+    def _per_byte(self, totals: list[list[float]]) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for index, name in enumerate(self.domains):
+            bits, tokens = totals[index]
+            if tokens:
+                share = tokens / self._num_tokens[index]
+                result[name] = bits / (self._num_bytes[index] * share)
+        result["mean"] = sum(result.values()) / len(result)
+        return result
+
+
+def _bits_and_tokens(model: nn.Module, items: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
+    """Give each block's bits and predicted tokens, float64 (B, 2)."""
+    batch = {name: tensor.to(device) for name, tensor in collate(items).items()}
+    label_BP = batch.pop("labels")[:, 1:]
+    logits_BPV = model(**batch, use_cache=False).logits[:, :-1].float()
+    nats_BP = F.cross_entropy(logits_BPV.transpose(1, 2), label_BP, ignore_index=-100, reduction="none")
+    bits_B = nats_BP.double().sum(dim=1) / math.log(2)
+    return torch.stack([bits_B, (label_BP != -100).sum(dim=1).double()], dim=1)
+
+
+def _num_predicted(label_P: Tensor) -> int:
+    return int((label_P[1:] != -100).sum())
+
+
+def _spread(indices: list[int], max_tokens: int | None, num_tokens: int) -> list[int]:
+    """Take evenly spread blocks that hold about ``max_tokens`` of ``num_tokens``."""
+    if max_tokens is None or num_tokens <= max_tokens:
+        return indices
+    count = max(1, round(len(indices) * max_tokens / num_tokens))
+    return [indices[position * len(indices) // count] for position in range(count)]
+
+
+def _bytes_of(blocks: Blocks, index: int) -> int:
+    sizes = blocks.num_bytes_per_domain
+    return int(sizes[blocks.domains[index]] if isinstance(sizes, Mapping) else sizes[index])

@@ -1,0 +1,101 @@
+"""A trained model from a run folder, or from any model folder of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.core.errors import CheckpointError, MoesaicError
+from moesaic.train import checkpoint, folder
+from moesaic.train.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A model that was read, in evaluation mode.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        path: the model folder that was read.
+        run: the run that it came from; None for a bare model folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    path: Path
+    run: folder.Run | None
+
+
+def load_trained(path: Path) -> Trained:
+    """Read the model of a run (the MoE of a pair; the last good checkpoint of a run that goes on), or a model folder.
+
+    Raises:
+        CheckpointError: if it is neither, or the model is missing, damaged, pickled or foreign.
+    """
+    path = Path(path)
+    run = None
+    if (path / folder.RUN).is_file() or not (path / "config.json").is_file():
+        run = folder.read(path)
+        path = _model_of(run)
+    checkpoint.refuse_pickles(path)
+    if (path / checkpoint.MANIFEST).is_file():
+        _verify(path)
+    with quiet_transformers():
+        model, tokenizer = _read(path)
+    model.train(False)
+    return Trained(model=model, tokenizer=tokenizer, path=path, run=run)
+
+
+def _verify(path: Path) -> None:
+    try:
+        checkpoint.verify(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path.parent}/{error} Go back to a checkpoint, or copy the folder again from where it was saved."
+        ) from error
+
+
+def _model_of(run: folder.Run) -> Path:
+    home = next(iter(run.members.values()))
+    if (home / folder.MODEL).is_dir():
+        return home / folder.MODEL
+    good = checkpoint.last_good(home / folder.CHECKPOINTS)
+    if good.path is None:
+        damaged = f" ({'; '.join(good.skipped)})" if good.skipped else ""
+        raise CheckpointError(
+            f"The run in {run.folder} has no model yet: it saved no whole checkpoint{damaged}. "
+            f"Go on with: moesaic train --resume --out {run.folder}"
+        )
+    return good.path
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moesaic.hf.register import register
+
+    register()
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(str(path), local_files_only=True, use_safetensors=True, output_loading_info=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except MoesaicError:
+        raise
+    except Exception as error:  # transformers, safetensors and tokenizers each raise what they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(
+            f"{path} does not hold a readable model ({reason}). Go back to a checkpoint, or copy the folder again."
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            first = sorted(map(str, info[what]))[0]
+            raise CheckpointError(
+                f"The weights in {path} are not those that its config.json describes: {what.replace('_keys', '')} are "
+                f"{len(info[what])} tensors, the first {first}. Copy the folder again from where it was saved."
+            )
+    return model, tokenizer

@@ -1,0 +1,64 @@
+"""What a run reads: its tokenizer, and its text as token blocks. MoE and twin share one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.core.errors import ConfigError
+from moesaic.train.config import TrainConfig
+from moesaic.train.evaluate import Evaluator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from moesaic.data import TokenBlocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """A run's tokenizer and text, read once and checked.
+
+    Attributes:
+        tokenizer: of the model.
+        blocks: training text.
+        evaluator: measures on held-out text during training.
+        last_evaluator: measures on all held-out text.
+        fingerprint: of the data.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    blocks: TokenBlocks
+    evaluator: Evaluator
+    last_evaluator: Evaluator
+    fingerprint: str
+
+    @classmethod
+    def load(cls, config: TrainConfig, *, tokenizer: Path | None = None, fingerprint: str | None = None) -> Material:
+        """Read what a config asks for.
+
+        Args:
+            config: of the run.
+            tokenizer: the run's own, kept from its first session; a BPE trained anew could break ties otherwise.
+            fingerprint: what the data must have; None to take any.
+        Raises:
+            DataError: if the data cannot be read, or give no full block, or nothing is held out.
+            ConfigError: if the fingerprint is another.
+        """
+        from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
+
+        corpus = load_corpus(config.data)
+        if fingerprint is not None and corpus.fingerprint != fingerprint:
+            raise ConfigError(
+                f"the data at {config.data} have changed since the run was started: their fingerprint was "
+                f"{fingerprint}, now it is {corpus.fingerprint}. Restore the data, or start a new run."
+            )
+        own: Any = load_tokenizer(config.tokenizer if tokenizer is None else str(tokenizer), corpus)
+        blocks = TokenBlocks(corpus.train, own, config.context)
+        held_out: Any = TokenBlocks(corpus.held_out, own, config.context)
+        last = Evaluator(held_out, batch_size=2 * config.batch_size)
+        during = last
+        if config.eval_tokens is not None:
+            during = Evaluator(held_out, batch_size=2 * config.batch_size, max_tokens=config.eval_tokens)
+        return cls(tokenizer=own, blocks=blocks, evaluator=during, last_evaluator=last, fingerprint=corpus.fingerprint)

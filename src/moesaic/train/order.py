@@ -1,0 +1,49 @@
+"""In which order training reads its sequences, and how they become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+class SeededOrder(Sampler[int]):
+    """Every sequence once in a random order, then again in another one, until ``length`` are given.
+
+    The order depends on the seed alone, so that a resumed run finds its place by counting, and MoE and twin read the
+    same tokens at the same step. Every step gets a full batch: passes over the data run into each other.
+
+    Args:
+        num_sequences: sequences of the data.
+        length: sequences to give in all.
+        seed: of the order.
+    """
+
+    def __init__(self, num_sequences: int, *, length: int, seed: int):
+        self.num_sequences = num_sequences
+        self.length = length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        given = 0
+        generator = torch.Generator()
+        while given < self.length:
+            generator.manual_seed(self.seed * 1_000_003 + given // self.num_sequences)
+            order = torch.randperm(self.num_sequences, generator=generator).tolist()
+            yield from order[: self.length - given]
+            given += self.num_sequences
+
+
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack sequences into a batch for a language model.
+
+    The attention mask is left out where nothing is padded: attention then takes its fast causal path.
+    """
+    batch = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
+    mask = torch.stack([item["attention_mask"] for item in items])
+    return batch if bool(mask.all()) else {**batch, "attention_mask": mask}

@@ -1,0 +1,107 @@
+"""Train a Mixture-of-Experts language model, and its dense twin if asked, into a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moesaic.core.errors import CheckpointError
+from moesaic.train import checkpoint, folder
+from moesaic.train.build import check_models
+from moesaic.train.config import TrainConfig
+from moesaic.train.material import Material
+from moesaic.train.quiet import quiet_transformers
+from moesaic.train.session import Session, Summary, how_to_go_on
+
+
+def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -> Summary:
+    """Train from the beginning.
+
+    Args:
+        config: what to train.
+        overwrite: delete the run that is in ``config.out``.
+        show: draw progress on standard error.
+    Returns:
+        The final figures by kind, ``moe`` and ``dense``, as ``summary.json`` holds them.
+    Raises:
+        ConfigError: if the folder is not empty, or a setting cannot be met.
+        DataError: if the data cannot be read.
+        CheckpointError: if the disk is full.
+        TrainingStoppedError: if a signal asked to stop; everything is saved.
+        NotFiniteError: if a loss is NaN or infinite.
+    """
+    folder.check(config.out, overwrite=overwrite)
+    # Everything that can be refused is refused before the first file is written or deleted.
+    material = Material.load(config)
+    check_models(config, material.tokenizer)
+    folder.clear(config.out)
+    kind = "pair" if config.twin else "moe"
+    with _disk_full_explained(config.out):
+        run = folder.create(config.out, kind=kind, config=config, fingerprint=material.fingerprint)
+        with checkpoint.replacing(run.folder / folder.TOKENIZER) as partial:
+            material.tokenizer.save_pretrained(partial)
+        return _go_on(run, material, _console(show))
+
+
+def resume(out: Path, *, changes: Mapping[str, Any] | None = None, show: bool = False) -> Summary:
+    """Go on with a run from its last good checkpoint; a finished run is left alone.
+
+    Args:
+        out: its folder.
+        changes: settings to change; only those that reach no weight may.
+        show: draw progress on standard error.
+    Raises:
+        CheckpointError: if the folder is not a run.
+        ConfigError: if a setting would change the result, or the data are no longer the same.
+    """
+    run = folder.read(Path(out))
+    config = folder.changed(run, changes or {})
+    console = _console(show)
+    if run.summary is not None:
+        console.print(f"The run in {out} is finished: nothing to resume.", highlight=False, soft_wrap=True)
+        return run.summary
+    material = Material.load(config, tokenizer=run.tokenizer, fingerprint=run.fingerprint)
+    with _disk_full_explained(run.folder):
+        return _go_on(replace(run, config=config), material, console)
+
+
+def _go_on(run: folder.Run, material: Material, console: Console) -> Summary:
+    summary: Summary = {}
+    for kind, path in run.members.items():
+        member = run
+        if run.kind == "pair":
+            member = folder.create(path, kind=kind, config=run.config, fingerprint=run.fingerprint)
+            member = replace(member, config=run.config)
+        with quiet_transformers():
+            summary |= member.summary or Session(member, material, console=console, resume_with=run.folder).train()
+    if run.kind == "pair":
+        checkpoint.write_atomically(run.folder / folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+@contextmanager
+def _disk_full_explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except checkpoint.DiskFullError as error:
+        raise CheckpointError(f"{error} Then go on with: {how_to_go_on(out)}") from error
+    except Exception as error:
+        if not checkpoint.is_disk_full(error):
+            raise
+        last = [
+            checkpoint.describe_last(found) for found in sorted(out.rglob(folder.CHECKPOINTS)) if any(found.iterdir())
+        ]
+        raise CheckpointError(
+            f"The disk is full at {out}; {last[-1] if last else 'no checkpoint was saved before that'}. "
+            f"Free some space. Then go on with: {how_to_go_on(out)}"
+        ) from error
+
+
+def _console(show: bool) -> Console:
+    return Console(stderr=True, quiet=not show)

@@ -1,0 +1,144 @@
+"""One model's training in one process: from scratch, or from its last good checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from rich.console import Console
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from moesaic.train import checkpoint, folder, history
+from moesaic.train.balance import BalanceCallback
+from moesaic.train.board import Board
+from moesaic.train.build import build_model, training_arguments
+from moesaic.train.evaluate import Evaluation
+from moesaic.train.finite import FiniteGuard
+from moesaic.train.history import HistoryCallback
+from moesaic.train.interrupt import InterruptCallback, TrainingStoppedError
+from moesaic.train.material import Material
+from moesaic.train.order import collate
+from moesaic.train.progress import ProgressCallback
+from moesaic.train.trainer import MoeTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Summary = dict[str, dict[str, Any]]
+
+
+def how_to_go_on(out: Path) -> str:
+    """Give the command that is enough to go on with a run."""
+    return f"moesaic train --resume --out {shlex.quote(str(out))}"
+
+
+class Session:
+    """Trains the model of one run folder.
+
+    Args:
+        run: the folder.
+        material: what it reads.
+        console: where to say what happens.
+        resume_with: the folder to name when saying how to go on; that of the pair for one of its members.
+    """
+
+    def __init__(self, run: folder.Run, material: Material, *, console: Console, resume_with: Path):
+        self.run, self.config, self.material, self.console = run, run.config, material, console
+        self.how_to_go_on = how_to_go_on(resume_with)
+        self.start = checkpoint.LastGood(path=None, step=0, skipped=())
+
+    def train(self) -> Summary:
+        """Train to the end and write the model and its figures."""
+        config, path = self.config, self.run.folder
+        set_seed(config.seed)
+        model = build_model(self.run.kind, config, self.material.tokenizer)
+        self.start = checkpoint.last_good(path / folder.CHECKPOINTS)
+        self._say_where_to_start()
+        history.truncate(path / folder.HISTORY, self.start.step)
+        with ExitStack() as stack:
+            callbacks, interrupt = self._callbacks(stack)
+            trainer = self._trainer(model, callbacks)
+            try:
+                trainer.train(resume_from_checkpoint=None if self.start.path is None else str(self.start.path))
+            except KeyboardInterrupt as error:
+                raise self._stopped_at_once() from error
+            if interrupt.requested and trainer.state.global_step < config.steps:
+                raise self._stopped(trainer.state.global_step)
+            return self._finish(model, trainer.last_evaluation or self.material.last_evaluator(model))
+
+    def _say_where_to_start(self) -> None:
+        for line in self.start.skipped:
+            self.console.print(f"Skipped a damaged checkpoint: {line}", highlight=False, soft_wrap=True)
+        if self.start.path is not None:
+            self.console.print(f"Going on from {self.start.path}.", highlight=False, soft_wrap=True)
+
+    def _callbacks(self, stack: ExitStack) -> tuple[list[TrainerCallback], InterruptCallback]:
+        path = self.run.folder
+        label = {"moe": f"MoE ({self.config.recipe})", "dense": "dense twin"}[self.run.kind]
+        progress = ProgressCallback(label, self.console)
+        sinks: list[history.Sink] = [progress.show]
+        if Board.available():
+            board = Board(path / folder.BOARD, start=self.start.step)
+            stack.callback(board.close)
+            sinks.append(board)
+        records = HistoryCallback(path / folder.HISTORY, tokens_per_step=self._tokens_per_step(), sinks=sinks)
+        balance, interrupt = BalanceCallback(), InterruptCallback()
+        for close in (progress.close, balance.close, records.close, interrupt.restore):
+            stack.callback(close)
+        return [FiniteGuard(), balance, records, progress, interrupt], interrupt
+
+    def _tokens_per_step(self) -> int:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        return self.config.tokens_per_step * world
+
+    def _trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> MoeTrainer:
+
+        trainer = MoeTrainer(
+            model=model,
+            args=training_arguments(self.config, self.run.folder / folder.CHECKPOINTS),
+            train_dataset=self.material.blocks,
+            eval_dataset=self.material.last_evaluator.blocks,
+            data_collator=collate,
+            processing_class=self.material.tokenizer,
+            callbacks=callbacks,
+            evaluator=self.material.evaluator,
+            last_evaluator=self.material.last_evaluator,
+            keep=self.config.keep,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _finish(self, model: PreTrainedModel, evaluation: Evaluation) -> Summary:
+        from moesaic.hf import active_params
+
+        path = self.run.folder
+        with checkpoint.replacing(path / folder.MODEL) as partial:
+            model.save_pretrained(partial)
+            self.material.tokenizer.save_pretrained(partial)
+        figures = {
+            "bits_per_byte": dict(evaluation.bits_per_byte),
+            "total_params": sum(parameter.numel() for parameter in model.parameters()),
+            "active_params": active_params(model),
+            "tokens": self.config.steps * self._tokens_per_step(),
+            "tokens_per_s": history.tokens_per_s(history.read(path / folder.HISTORY)),
+            "load_max_over_mean": evaluation.load_max_over_mean,
+            "drop_rate": evaluation.drop_rate,
+        }
+        summary = {self.run.kind: figures}
+        checkpoint.write_atomically(path / folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _stopped(self, step: int) -> TrainingStoppedError:
+        saved = self.run.folder / folder.CHECKPOINTS / f"{checkpoint.PREFIX}{step}"
+        return TrainingStoppedError(
+            f"Stopped at step {step} of {self.config.steps} as asked; {saved} is saved. Go on with: {self.how_to_go_on}"
+        )
+
+    def _stopped_at_once(self) -> TrainingStoppedError:
+        last = checkpoint.describe_last(self.run.folder / folder.CHECKPOINTS)
+        return TrainingStoppedError(f"Stopped at once as asked; {last}. Go on with: {self.how_to_go_on}")

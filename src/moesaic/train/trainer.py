@@ -1,0 +1,169 @@
+"""The transformers Trainer with safe checkpoints, a seeded order of the data, and bits per byte as evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+
+from moesaic.core.errors import CheckpointError
+from moesaic.train import checkpoint, state
+from moesaic.train.evaluate import Evaluation, Evaluator
+from moesaic.train.order import SeededOrder
+
+WEIGHTS = "model.safetensors"
+TRAINER_STATE = "trainer_state.json"
+WINDOW = "window.json"
+
+
+class MoeTrainer(Trainer):
+    """A ``transformers.Trainer`` that checkpoints atomically, without pickle, and resumes bit-exactly.
+
+    What is particular to MoE comes as callbacks, which work in a plain Trainer too: ``BalanceCallback``,
+    ``HistoryCallback``, ``FiniteGuard``, ``InterruptCallback``.
+
+    Args:
+        evaluator: measures held-out bits per byte during training; None to evaluate as the Trainer does.
+        last_evaluator: used at the last step; by default ``evaluator``.
+        keep: checkpoints to keep.
+        **kwargs: as for ``transformers.Trainer``.
+
+    Attributes:
+        last_evaluation: what ``last_evaluator`` measured, once it has.
+    """
+
+    def __init__(
+        self,
+        *,
+        evaluator: Evaluator | None = None,
+        last_evaluator: Evaluator | None = None,
+        keep: int = 2,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.evaluator = evaluator
+        self.last_evaluator = last_evaluator or evaluator
+        self.keep = keep
+        self.last_evaluation: Evaluation | None = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure bits per byte, log it, and tell the callbacks."""
+        if self.evaluator is None or self.last_evaluator is None:
+            return super().evaluate(*args, **kwargs)
+        is_last = self.state.global_step >= self.state.max_steps
+        assert isinstance(self.model, nn.Module)
+        result = (self.last_evaluator if is_last else self.evaluator)(self.model)
+        if is_last:
+            self.last_evaluation = result
+        metrics = {f"eval_bits_per_byte_{name}": value for name, value in result.bits_per_byte.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.max_steps <= 0:
+            return super()._get_train_sampler(dataset)
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps * max(1, self.args.world_size)
+        length = batches * self._train_batch_size
+        return SeededOrder(len(dataset), length=length, seed=self.args.data_seed or self.args.seed)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        where = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint brings its own intervals; those of this run count.
+        compute_steps: Any = self.state.compute_steps
+        compute_steps(self.args, max_steps)
+        return where
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        step = self.state.global_step
+        if not self.args.should_save:
+            # Another rank's folder is named after what rank 0 writes to; both rename together at its end.
+            self._barrier()
+            state.save_rng(checkpoint.partial_folder(folder, step), self.args.process_index)
+            self._barrier()
+            return
+        with checkpoint.writing(folder, step) as partial:
+            self._barrier()
+            self.save_model(str(partial), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_rng_state(str(partial))
+            self.state.save_to_json(str(partial / TRAINER_STATE))
+            (partial / WINDOW).write_text(json.dumps(self._window()))
+            self._barrier()
+        checkpoint.prune(folder, self.keep)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = str(output_dir or self.args.output_dir)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.processing_class is not None and self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        state.save_optimizer(self.optimizer, Path(output_dir))
+        state.save_scheduler(self.lr_scheduler, Path(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state.save_rng(Path(output_dir), self.args.process_index)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint)
+        checkpoint.verify(path)
+        target = self.model if model is None else model
+        assert isinstance(target, nn.Module)
+        load_weights(target, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.optimizer is not None:
+            state.load_optimizer(self.optimizer, Path(checkpoint))
+            state.load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state.load_rng(Path(checkpoint), self.args.process_index)
+        # The Trainer has reset these by now, and takes its first step next: so the next logged loss is the mean over
+        # the same steps as without the interruption.
+        window = state.read_json(Path(checkpoint) / WINDOW)
+        self._tr_loss.fill_(window["loss_sum"])
+        self._globalstep_last_logged = window["last_logged_step"]
+
+    def _window(self) -> dict[str, float]:
+        return {"loss_sum": float(self._tr_loss), "last_logged_step": self._globalstep_last_logged}
+
+    def _barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load ``model.safetensors`` of a checkpoint into a model of the same shape, every tensor exactly once.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, unknown or of another shape.
+    """
+    saved = state.read_tensors(folder / WEIGHTS)
+    own = model.state_dict()
+    filled = {own[name].data_ptr() for name in saved if name in own}
+    # Tied weights are saved once, under one of their names.
+    missing = [name for name, tensor in own.items() if name not in saved and tensor.data_ptr() not in filled]
+    unknown = [name for name in saved if name not in own]
+    shapes = [name for name, tensor in saved.items() if name in own and own[name].shape != tensor.shape]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has in another shape", shapes)):
+        if names:
+            raise CheckpointError(
+                f"{folder} {what} {len(names)} tensors, the first is {names[0]}. "
+                "Resume with the settings that the run was started with."
+            )
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)

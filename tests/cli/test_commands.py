@@ -1,0 +1,179 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moesaic.cli.app import run
+
+from .conftest import SIZES
+
+VERBS = (["train"], ["inspect"], ["generate"], ["recipes"], ["recipes", "show"])
+
+
+def said(capsys):
+    out, err = capsys.readouterr()
+    return out, err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    assert run([*verb, "--help"]) == 0
+    out, _ = said(capsys)
+    assert f"Example: moesaic {verb[0]}" in out.replace("\n", " ")
+
+
+def test_help_lists_the_verbs_and_the_version_is_printed(capsys):
+    assert run(["--help"]) == 0
+    out, _ = said(capsys)
+    assert all(verb[0] in out for verb in VERBS)
+    assert run(["--version"]) == 0
+    out, _ = said(capsys)
+    assert out.startswith("moesaic ")
+
+
+def test_help_waits_for_no_heavy_library():
+    script = (
+        "import sys; from moesaic.cli.app import run; assert run(['train', '--help']) == 0; "
+        "heavy = {'transformers', 'accelerate', 'datasets', 'pyarrow', 'matplotlib', 'tensorboard'}; "
+        "print('imported:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: []\n")
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "moesaic", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("moesaic ")
+
+
+BAD_ARGUMENTS = [
+    (["--recipe", "quantum"], "recipe must be one of switch, mixtral, deepseek-v3"),
+    (["--num-experts=2", "--top-k=5"], "top_k must be between 1 and num_experts=2, got 5."),
+    (["--option", "jitter"], "--option must be key=value, got 'jitter'. Write for example --option jitter=0.01."),
+    (["--aux", "switch=much"], "--aux must give a number, got 'much'. Write for example --aux switch=0.01."),
+    (["--aux", "balance=0.5"], "aux_coefficients must name losses of recipe mixtral (switch), got balance."),
+    (["--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it, got both."),
+    (["--preset", "nightly"], "preset must be one of demo, got 'nightly'."),
+    (["--lr=-1"], "lr must be a finite number above 0, got -1.0."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_end_with_2_and_one_line_and_write_nothing(arguments, message, text, tmp_path, capsys):
+    assert run(["train", "--data", str(text), "--out", str(tmp_path / "x"), "--no-report", *arguments]) == 2
+    _, err = said(capsys)
+    assert err.startswith(f"moesaic: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--out", "x", "--steps", "many"], ["fly"], ["--no-such"]])
+def test_what_the_parser_refuses_ends_with_2(arguments, capsys):
+    assert run(arguments) == 2
+    assert "Traceback" not in said(capsys)[1]
+
+
+FAILURES = [
+    (["train", "--data", "{tmp}/absent.txt", "--out", "{tmp}/x", "--no-report"], "which does not exist"),
+    (["train", "--resume", "--out", "{tmp}", "--no-report"], "is not a run folder: it has no run.json."),
+    (["inspect", "{tmp}"], "is not a run folder: it has no run.json."),
+    (["generate", "{tmp}/absent"], "There is no folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAILURES)
+def test_a_failure_ends_with_1_and_one_line(arguments, message, tmp_path, capsys):
+    assert run([argument.format(tmp=tmp_path) for argument in arguments]) == 1
+    _, err = said(capsys)
+    assert err.startswith("moesaic: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_training_prints_a_table_of_both_models(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(text), "--out", str(out), "--steps=4", "--twin", "--recipe=switch"]
+    assert run([*arguments, "--option", "jitter=0.1", "--aux", "switch=0.5", *SIZES]) == 0
+    printed, _ = said(capsys)
+    for row in ("bits per byte, north", "bits per byte, mean", "tokens/s", "active parameters", "load max/mean"):
+        assert row in printed
+    assert "dense twin" in printed
+    assert f"Report: {out}/report.html" in printed.replace("\n", "")
+    assert (out / "report.html").is_file()
+    settings = json.loads((out / "moe" / "run.json").read_text())["settings"]
+    assert settings["options"] == {"jitter": 0.1}
+    assert settings["aux_coefficients"] == {"switch": 0.5}
+
+
+def test_a_finished_run_says_so_and_prints_its_figures(finished, capsys):
+    assert run(["train", "--resume", "--out", str(finished), "--no-report", "--json"]) == 0
+    out, err = said(capsys)
+    assert json.loads(out) == json.loads((finished / "summary.json").read_text())
+    assert "is finished: nothing to resume." in err.replace("\n", " ")
+
+
+def test_a_run_is_neither_overwritten_nor_changed_by_accident(finished, text, capsys):
+    before = (finished / "summary.json").read_text()
+    assert run(["train", "--data", str(text), "--out", str(finished), "--no-report"]) == 2
+    assert "already holds a run" in said(capsys)[1]
+    assert run(["train", "--resume", "--out", str(finished), "--no-report", "--lr", "0.5"]) == 2
+    assert "was started with lr=0.002, resuming asked for lr=0.5" in said(capsys)[1]
+    assert (finished / "summary.json").read_text() == before
+
+
+def test_inspect_writes_page_and_trace_and_prints_figures(finished, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert run(["inspect", str(finished), "--out", str(page), "--tokens=200", "--json"]) == 0
+    figures = json.loads(said(capsys)[0])
+    assert figures["domains"] == ["north", "south"]
+    layers = ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert figures["num_experts"] == dict.fromkeys(layers, 4)
+    assert list(figures["load_max_over_mean"]) == layers
+    assert page.is_file()
+    from moesaic import RoutingTrace
+
+    assert len(RoutingTrace.load(page.with_suffix(".parquet")).metadata.token_text) == 257
+    assert run(["inspect", str(finished), "--out", str(page), "--tokens=200"]) == 0
+    assert "Experts that got nothing:" in said(capsys)[0]
+
+
+def test_inspecting_a_dense_model_is_refused(finished, capsys):
+    assert run(["inspect", str(finished / "dense")]) == 2
+    assert "has no MoE layers" in said(capsys)[1]
+
+
+def test_a_model_folder_needs_data_to_be_inspected(finished, capsys):
+    assert run(["inspect", str(finished / "moe" / "model")]) == 2
+    assert said(capsys)[1] == (
+        "moesaic: A model folder does not say what it was trained on. Name the text with --data.\n"
+    )
+
+
+@pytest.mark.parametrize("sampling", [["--temperature=0"], ["--seed=3"], ["--top-p=0", "--temperature=2"]])
+def test_generated_text_goes_on_from_the_prompt_and_repeats_with_its_seed(finished, capsys, sampling):
+    arguments = ["generate", str(finished), "--prompt", "abc ", "--max-new-tokens=15", *sampling]
+    assert run(arguments) == 0
+    streamed = said(capsys)[0]
+    assert run([*arguments, "--json"]) == 0
+    figures = json.loads(said(capsys)[0])
+    assert streamed == "abc " + figures["text"] + "\n"
+    assert 1 <= figures["new_tokens"] <= 15
+
+
+def test_text_beyond_the_trained_length_is_warned_of(finished, capsys):
+    assert run(["generate", str(finished / "moe" / "model"), "--max-new-tokens=40", "--json"]) == 0
+    assert said(capsys)[1] == "Note: the model was trained on 24 tokens at a time; text beyond them is worse.\n"
+
+
+def test_recipes_are_listed_and_shown(capsys):
+    assert run(["recipes", "--json"]) == 0
+    listed = json.loads(said(capsys)[0])
+    assert [recipe["name"] for recipe in listed] == ["switch", "mixtral", "deepseek-v3"]
+    assert run(["recipes"]) == 0
+    assert "deepseek-v3" in said(capsys)[0]
+    assert run(["recipes", "show", "mixtral", "--json"]) == 0
+    assert json.loads(said(capsys)[0]) == listed[1]
+    assert run(["recipes", "show", "mixtral"]) == 0
+    assert "top_k = 2" in said(capsys)[0]
+    assert run(["recipes", "show", "quantum"]) == 2

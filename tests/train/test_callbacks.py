@@ -1,0 +1,118 @@
+"""Our callbacks in a user's own transformers Trainer, and what they count."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from moesaic import hf
+from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
+from moesaic.train import BalanceCallback, HistoryCallback, InterruptCallback, ProgressCallback, history
+from moesaic.train.build import build_model
+from moesaic.train.order import collate
+from moesaic.train.progress import figures
+
+
+@pytest.fixture
+def plain(tiny, text, tmp_path):
+    """Makes a plain Trainer on a sparse model with a bias controller."""
+    tokenizer = load_tokenizer("bytes")
+    corpus = load_corpus(text)
+    blocks, held_out = (TokenBlocks(documents, tokenizer, 24) for documents in (corpus.train, corpus.held_out))
+
+    def trainer(callbacks, recipe="deepseek-v3", **arguments):
+        settings = {"max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+        output = {"output_dir": str(tmp_path / "plain"), "save_strategy": "no", "remove_unused_columns": False}
+        torch.manual_seed(0)
+        return Trainer(
+            model=build_model("moe", tiny(recipe=recipe, top_k=2), tokenizer),
+            args=TrainingArguments(**{**settings, **quiet, **output, **arguments}),
+            train_dataset=blocks,
+            eval_dataset=held_out,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+
+    return trainer
+
+
+def biases(model):
+    return {name: layer.router.bias_E.clone() for name, layer in hf.moe_layers(model).items()}
+
+
+def test_controllers_step_once_per_optimizer_step_on_the_load_of_all_micro_batches(plain, monkeypatch):
+    stepped = []
+    from moesaic.balance import BiasController
+
+    real = BiasController.step
+
+    def step(self, load_E):
+        stepped.append(load_E.clone())
+        real(self, load_E)
+
+    monkeypatch.setattr(BiasController, "step", step)
+    trainer = plain([BalanceCallback()])
+    trainer.train()
+    # 4 steps, 2 layers; each step routes 2 micro-batches of 3 sequences of 24 tokens to 2 experts.
+    assert [int(load_E.sum()) for load_E in stepped] == [2 * 3 * 24 * 2] * 8
+    for bias_E in biases(trainer.model).values():
+        assert bias_E.dtype == torch.float32
+        assert bias_E.abs().max() > 0
+        assert bias_E.sum().abs() < 1e-6
+
+
+def test_gradient_checkpointing_counts_nothing_twice(plain):
+    first, second = plain([BalanceCallback()]), plain([BalanceCallback()], activation_checkpointing=True)
+    first.train()
+    second.train()
+    left, right = biases(first.model), biases(second.model)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_evaluation_moves_no_controller(plain):
+    without, with_it = plain([BalanceCallback()]), plain([BalanceCallback()], eval_strategy="steps", eval_steps=1)
+    without.train()
+    with_it.train()
+    left, right = biases(without.model), biases(with_it.model)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_model_without_controllers_or_without_experts_is_left_alone(plain, tiny):
+    plain([BalanceCallback()], recipe="mixtral").train()
+    trainer = plain([BalanceCallback()])
+    trainer.model = build_model("dense", tiny(), load_tokenizer("bytes"))
+    trainer.model_wrapped = trainer.model
+    trainer.train()
+
+
+def test_the_history_of_a_plain_trainer_has_the_figures_of_each_layer(plain, tmp_path):
+    path, shown = tmp_path / "history.jsonl", []
+    callbacks = [
+        HistoryCallback(path, tokens_per_step=144, sinks=[shown.append]),
+        InterruptCallback(),
+        ProgressCallback("plain"),
+    ]
+    trainer = plain(callbacks, recipe="switch", logging_steps=3)
+    trainer.train()
+    lines = history.read(path)
+    assert lines == shown
+    assert [(line["kind"], line["step"], line["tokens"]) for line in lines] == [("train", 3, 432), ("train", 4, 576)]
+    layers = list(hf.moe_layers(trainer.model))
+    for line in lines:
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_s"] > 0
+        assert line["aux"]["switch"] >= 0.99
+        for figure in ("load", "load_max_over_mean", "drop_rate", "router_entropy"):
+            assert list(line[figure]) == layers
+        for layer in layers:
+            assert sum(line["load"][layer]) == pytest.approx(1, abs=1e-5)
+            assert max(line["load"][layer]) * 4 == pytest.approx(line["load_max_over_mean"][layer], abs=1e-4)
+
+
+def test_a_line_of_figures_shows_the_worst_layer():
+    line = {"loss": 1.25, "tokens_per_s": 12345.6, "load_max_over_mean": {"a": 1.5, "b": 2.25}}
+    assert figures({**line, "drop_rate": {"a": 0.125, "b": 0.0}}) == (
+        "loss 1.250  12,346 tokens/s  load max/mean 2.25  dropped 12.5%"
+    )
+    assert figures({"loss": 1.25, "tokens_per_s": 12345.6}) == "loss 1.250  12,346 tokens/s"

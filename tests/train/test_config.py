@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moesaic.core.errors import ConfigError
+from moesaic.train import TrainConfig
+from moesaic.train.presets import PRESETS, preset
+
+WRONG = [
+    ({"width": 0}, "width must be at least 1, got 0. Raise width."),
+    ({"steps": 2.5}, "steps must be a whole number, got 2.5. Pass steps without a fraction."),
+    ({"layers": True}, "layers must be a whole number, got True. Pass layers without a fraction."),
+    ({"context": 1}, "context must be at least 2, got 1. Raise context."),
+    ({"seed": -3}, "seed must be 0 or more, got -3. Raise seed."),
+    ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0. Raise lr."),
+    ({"clip": float("nan")}, "clip must be a finite number above 0, got nan. Raise clip."),
+    ({"weight_decay": float("inf")}, "weight_decay must be 0 or more, got inf. Raise weight_decay."),
+    ({"backbone": "t5"}, "backbone must be one of llama, qwen3, gpt2, got 't5'. Pick one of them."),
+    ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, got 'int8'. Pick one of them."),
+    ({"heads": 12}, "heads must divide width=128, got 12. Try heads=4."),
+    (
+        {"heads": 128},
+        "width / heads must be even for the rotary positions of llama, got 128 / 128 = 1. Change heads or width.",
+    ),
+    (
+        {"warmup": 9, "steps": 7},
+        "warmup must be shorter than steps=7, got 9. Lower warmup, or train longer.",
+    ),
+    (
+        {"num_experts": 3, "top_k": 5},
+        "top_k must be between 1 and num_experts=3, got 5. Lower top_k, or add experts.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG)
+def test_a_wrong_setting_names_what_was_needed_what_came_and_what_to_try(settings, message):
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(out=Path("x"), **settings)
+    assert str(error.value) == message
+
+
+def test_an_unknown_recipe_and_an_unknown_option_are_refused():
+    with pytest.raises(ConfigError, match="got 'quantum'"):
+        TrainConfig(out=Path("x"), recipe="quantum")
+    with pytest.raises(ConfigError, match="got jiter"):
+        TrainConfig(out=Path("x"), options={"jiter": 0.1})
+
+
+def test_settings_that_were_left_open_are_worked_out():
+    config = TrainConfig(out=Path("x"), width=192, steps=100)
+    assert (config.heads, config.hidden, config.warmup, config.eval_every, config.save_every) == (6, 384, 5, 10, 20)
+    assert config.init_std == pytest.approx(0.04)
+    assert TrainConfig(out=Path("x"), width=2048).init_std == 0.02
+
+
+def test_settings_are_json_and_come_back_equal():
+    config = TrainConfig(out=Path("x"), recipe="switch", options={"jitter": 0.1}, aux_coefficients={"switch": 0.5})
+    again = TrainConfig.from_settings(json.loads(json.dumps(config.settings())), Path("x"))
+    assert again == config
+
+
+def test_a_name_that_is_no_setting_is_refused():
+    with pytest.raises(ConfigError, match=r"^'depth' is not a setting of a training run; there are .*layers"):
+        TrainConfig.from_settings({"depth": 3}, Path("x"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config(name):
+    assert TrainConfig.from_settings(preset(name), Path("x")).steps > 0
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError) as error:
+        preset("nightly")
+    assert str(error.value) == "preset must be one of demo, got 'nightly'. Pick one of them."
