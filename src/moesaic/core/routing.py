@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moesaic.core.errors import ShapeError
+from moesaic.core.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,6 +61,7 @@ class Routing:
             valid_T: False where a token is padding; None when none is.
         Raises:
             ShapeError: if the five do not agree on T, K or E.
+            ConfigError: if ``valid_T`` is a mask of floats.
         """
         if expert_TK.ndim != 2 or expert_TK.shape != weight_TK.shape:
             raise ShapeError(
@@ -81,10 +82,15 @@ class Routing:
                 f"valid_T must be ({num_tokens},), one entry for each token, got {tuple(valid_T.shape)}. "
                 "Flatten the attention mask as the tokens were flattened."
             )
+        elif valid_T.is_floating_point():
+            raise ConfigError(
+                f"valid_T must be bool or integer, True where a token counts, got {valid_T.dtype}. "
+                "A float mask may be additive, where 0 means the opposite: pass mask == 0, or mask.bool()."
+            )
         token_N = torch.arange(num_tokens, device=device).repeat_interleave(top_k)
         valid_T = valid_T.bool()
         return cls(
-            expert_N=expert_TK.reshape(-1),
+            expert_N=expert_TK.reshape(-1).to(torch.int64),
             token_N=token_N,
             weight_N=weight_TK.reshape(-1),
             choice_N=torch.arange(top_k, device=device).repeat(num_tokens),

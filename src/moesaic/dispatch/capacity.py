@@ -55,7 +55,7 @@ class Capacity(nn.Module):
         """Rows that each expert may take of this table, an int64 scalar."""
         factor = self.factor if self.training else self.eval_factor
         share = routing.valid_N.sum().double() * factor / routing.num_experts
-        # 4096 * 1.1 is 4505.6000000000004: the last bit must not buy a slot.
+        # 50 * 1.1 is 55.00000000000001: the last bit must not buy a slot.
         return torch.ceil(share - 1e-6).to(torch.int64).clamp_min(self.minimum)
 
     def forward(self, routing: Routing) -> Plan:

@@ -46,7 +46,7 @@ def deepseek_v3_layer(
     if groups_kept is None:
         groups_kept = max(1, num_groups // 2)
     groups = None
-    if num_groups > 1:
+    if (num_groups, groups_kept) != (1, 1):
         groups = GroupLimit(num_groups=num_groups, groups_kept=groups_kept, best_per_group=2)
     router = TopKRouter(
         width,

@@ -43,6 +43,10 @@ class GroupLimit:
                 f"groups_kept must be between 1 and num_groups={self.num_groups}, got {self.groups_kept}. "
                 "Keep fewer groups, or cut the experts into more."
             )
+        if self.best_per_group not in (1, 2):
+            raise ConfigError(
+                f"best_per_group must be 1 or 2, got {self.best_per_group}. DeepSeek-V2 uses 1, DeepSeek-V3 uses 2."
+            )
         per_group = num_experts // self.num_groups
         if per_group < self.best_per_group:
             raise ConfigError(

@@ -41,8 +41,8 @@ class TopKRouter(nn.Module):
     Shape:
         ``(T, D)`` -> Routing of ``N = T * K`` rows; row ``t * K + k`` is token ``t``'s ``k``-th choice, best first.
     Raises:
-        ConfigError: if ``top_k`` is not in ``1..num_experts``, or K=1 is combined with a normalisation that makes its
-            weight a constant.
+        ConfigError: if ``top_k`` is not in ``1..num_experts``, ``normalize`` is none of these, or K=1 is combined with
+            one that makes its weight a constant.
     """
 
     bias_E: Tensor | None
@@ -65,6 +65,11 @@ class TopKRouter(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ConfigError(
                 f"top_k must be between 1 and num_experts={num_experts}, got {top_k}. Lower top_k, or add experts."
+            )
+        if normalize not in ("scores", "chosen", "logits"):
+            raise ConfigError(
+                f"normalize must be 'scores', 'chosen' or 'logits', got {normalize!r}. "
+                "Mixtral and DeepSeek-V3 use 'chosen'."
             )
         constant_weight = normalize == "chosen" or (normalize == "logits" and score is softmax)
         if top_k == 1 and num_experts > 1 and constant_weight:

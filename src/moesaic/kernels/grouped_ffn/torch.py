@@ -79,7 +79,7 @@ class _GroupedFFN(torch.autograd.Function):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         grad_x_TD = torch.zeros_like(x_TD, dtype=wide) if needs_x else None
         grad_weight_N = torch.zeros_like(weight_N)
-        # calloc'ed: an expert without rows keeps exact zeros and costs no write.
+        # An expert without rows keeps exact zeros.
         grad_gate_EDF = torch.zeros_like(gate_EDF) if needs_gate else None
         grad_up_EDF = torch.zeros_like(up_EDF) if needs_up else None
         grad_down_EFD = torch.zeros_like(down_EFD) if needs_down else None

@@ -1,0 +1,56 @@
+"""What balance losses and controllers mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.oracle.router import Table
+
+
+def _zero(table: Table) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64)
+    for scores in table.scores:
+        zero = zero + 0 * sum(scores)
+    return zero
+
+
+def switch(table: Table, tokens: list[int]) -> Tensor:
+    """``E * sum_e f_e P_e`` over some tokens: share of rows times mean normalised score."""
+    if not tokens:
+        return _zero(table)
+    num_experts = len(table.scores[0])
+    rows = [row for row in table.rows if row.token in tokens]
+    total = _zero(table)
+    for e in range(num_experts):
+        share = sum(row.expert == e for row in rows) / len(rows)
+        mean = sum(table.scores[t][e] / sum(table.scores[t]) for t in tokens) / len(tokens)
+        total = total + share * mean
+    return num_experts * total
+
+
+def sequence(table: Table, tokens: list[int], sequences: list[int]) -> Tensor:
+    """The Switch loss of each sequence that holds a token, averaged."""
+    losses = []
+    for name in sorted({sequences[t] for t in tokens}):
+        losses.append(switch(table, [t for t in tokens if sequences[t] == name]))
+    return sum(losses) / len(losses) if losses else _zero(table)
+
+
+def z(table: Table, tokens: list[int]) -> Tensor:
+    """Mean over tokens of the squared logarithm of the sum of exponentials."""
+    squares = [sum(logit.exp() for logit in table.logits[t]).log() ** 2 for t in tokens]
+    return sum(squares) / len(squares) if squares else _zero(table)
+
+
+def bias_step(bias: list[float], loads: list[int], rate: float, rule: str) -> list[float]:
+    """Push towards the mean load, then shift so that the pushes add up to 0."""
+    if sum(loads) == 0:
+        return bias
+    mean = sum(loads) / len(loads)
+    if rule == "sign":
+        pushes = [(load < mean) - (load > mean) for load in loads]
+    else:
+        pushes = [(mean - load) / mean for load in loads]
+    shift = sum(pushes) / len(pushes)
+    return [value + rate * (push - shift) for value, push in zip(bias, pushes, strict=True)]

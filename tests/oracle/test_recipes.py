@@ -1,0 +1,90 @@
+"""Each recipe against the plain loops: the same rows, weights, outputs, losses and every gradient, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic import Routing, recipes
+from tests.laws.settings import WIDTH, Setting, every_setting, plain, some_padding, tokens
+from tests.oracle.recipes import ORACLES, Answer
+from tests.tolerances import assert_close
+
+SIZES = (0, 1, 7, 63)
+
+
+def _same_weights(layer: torch.nn.Module) -> dict[str, Tensor]:
+    """The layer's state for the oracle: leaves of their own, so that gradients do not mix."""
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    return parameters | dict(layer.named_buffers())
+
+
+def _assert_same_table(routing: Routing, answer: Answer) -> None:
+    table = answer.table
+    assert routing.expert_N.tolist() == [row.expert for row in table.rows]
+    assert routing.token_N.tolist() == [row.token for row in table.rows]
+    assert routing.choice_N.tolist() == [row.choice for row in table.rows]
+    assert routing.kept_N.tolist() == answer.kept
+    if table.rows:
+        assert_close(routing.weight_N, torch.stack([row.weight for row in table.rows]), "weight_N")
+        assert_close(routing.logits_TE, torch.stack([torch.stack(line) for line in table.logits]), "logits_TE")
+        assert_close(routing.scores_TE, torch.stack([torch.stack(line) for line in table.scores]), "scores_TE")
+
+
+def _compare(setting: Setting, num_tokens: int, *, padded: bool, training: bool, kernel: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = setting.deterministic_layer(kernel=kernel).double().train(training)
+    weights = _same_weights(layer)
+    x_TD = tokens(num_tokens, dtype=torch.float64).requires_grad_()
+    x_oracle_TD = x_TD.detach().clone().requires_grad_()
+    valid_T = some_padding(num_tokens) if padded else None
+    sequence_T = torch.arange(num_tokens) // 5
+    valid = [True] * num_tokens if valid_T is None else valid_T.tolist()
+
+    y_TD, routing = layer(x_TD, valid_T)
+    routing = replace(routing, sequence_T=sequence_T)
+    oracle = ORACLES[setting.recipe_name]
+    answer = oracle(x_oracle_TD, weights, valid, sequence_T.tolist(), training, setting.options)
+
+    _assert_same_table(routing, answer)
+    assert_close(y_TD, answer.y, "y_TD")
+    assert sorted(term.name for term in setting.losses) == sorted(answer.losses)
+    probe_TD = torch.randn_like(y_TD)
+    total, total_oracle = (y_TD * probe_TD).sum(), (answer.y * probe_TD).sum()
+    for term in setting.losses:
+        assert_close(term.loss(routing), answer.losses[term.name], f"{term.name} loss")
+        total, total_oracle = total + 3 * term.loss(routing), total_oracle + 3 * answer.losses[term.name]
+    total.backward()
+    total_oracle.backward()
+    assert_close(x_TD.grad, x_oracle_TD.grad if num_tokens else x_TD, "gradient of x_TD")
+    for name, parameter in layer.named_parameters():
+        expected = weights[name].grad
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert_close(parameter.grad, torch.zeros_like(parameter) if expected is None else expected, f"grad of {name}")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padded"])
+@pytest.mark.parametrize("num_tokens", SIZES)
+@every_setting()
+def test_every_recipe_agrees_with_plain_loops_in_rows_outputs_losses_and_gradients(setting, num_tokens, padded):
+    for seed in range(1 if num_tokens in (0, 63) else 3):
+        _compare(setting, num_tokens, padded=padded, training=True, kernel="auto", seed=seed)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
+@every_setting()
+def test_every_recipe_agrees_with_plain_loops_on_the_reference_kernel_and_in_evaluation(setting, training):
+    for seed in range(2):
+        _compare(setting, 17, padded=True, training=training, kernel="reference", seed=100 + seed)
+
+
+def test_every_recipe_has_an_oracle_and_every_oracle_a_recipe():
+    assert sorted(ORACLES) == sorted(recipes.names())
+
+
+def test_numbers_compared_with_the_oracle_are_far_from_zero():
+    for name in recipes.names():
+        y_TD, routing = plain(name).deterministic_layer().double().eval()(tokens(63, WIDTH, torch.float64))
+        assert y_TD.abs().mean() > 0.1
+        assert routing.logits_TE.std() > 0.5
