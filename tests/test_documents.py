@@ -154,7 +154,7 @@ def complaint(command: str) -> str | None:
     ("page", "command"), [item for item in ALL_COMMANDS if item[1].split()[0] == "moesaic"], ids=str
 )
 def test_a_command_in_the_documents_parses(page, command):
-    assert complaint(command) is None
+    assert complaint(command) is None, f"{page}: {command}"
 
 
 @pytest.mark.parametrize(

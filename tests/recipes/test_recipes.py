@@ -179,11 +179,19 @@ def test_unknown_options_are_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"width": 0, "hidden": 6}, "width must be at least 1, got 0. Give a positive width."),
-        ({"width": 8, "hidden": -2}, "hidden must be at least 1, got -2. Give a positive hidden."),
+        ({"width": 0, "hidden": 6}, "width must be a whole number of at least 1, got 0. Give a positive width."),
+        (
+            {"width": 8, "hidden": 6, "num_experts": 2.5},
+            "num_experts must be a whole number of at least 1, got 2.5. Give a positive num_experts.",
+        ),
+        (
+            {"width": 8, "hidden": 6, "top_k": 0},
+            "top_k must be a whole number of at least 1, got 0. Give a positive top_k.",
+        ),
+        ({"width": 8, "hidden": -2}, "hidden must be a whole number of at least 1, got -2. Give a positive hidden."),
         (
             {"width": 8, "hidden": 6, "num_experts": -5},
-            "num_experts must be at least 1, got -5. Give a positive num_experts.",
+            "num_experts must be a whole number of at least 1, got -5. Give a positive num_experts.",
         ),
     ],
 )
@@ -196,3 +204,21 @@ def test_sizes_that_cannot_be_are_refused(sizes, message):
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ConfigError, match="got 'swish'"):
         recipes.get("switch").layer(8, hidden=6, activation="swish")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_shared": -1}, "num_shared must be at least 0, got -1. DeepSeek-V3 has 1."),
+        ({"init_std": -0.5}, "init_std must be at least 0, got -0.5. Most language models use 0.02."),
+        ({"kernel": "foo"}, "kernel must be auto or one of torch, reference, got 'foo'. Use auto if unsure."),
+        (
+            {"scale": 0.0},
+            "scale must not be 0, got 0.0: every weight and gradient would be 0. DeepSeek-V3 uses 2.5.",
+        ),
+    ],
+)
+def test_options_that_would_fail_later_are_refused_when_the_layer_is_built(options, message):
+    with pytest.raises(ConfigError) as error:
+        recipes.get("deepseek-v3").layer(8, hidden=6, num_experts=4, top_k=2, **options)
+    assert str(error.value) == message

@@ -20,7 +20,8 @@ class BiasController:
     """Loss-free balancing: raise the selection bias of underloaded experts, lower that of overloaded ones.
 
     After each optimizer step ``bias += rate * sign(mean(load) - load)``, shifted so that the step adds up to 0: a bias
-    common to all experts selects nothing and would only drift. The bias is a float32 buffer of the router, so it is
+    common to all experts selects nothing and would only drift. (So one expert's step may reach twice the rate, where
+    nearly all others need the opposite.) The bias is a float32 buffer of the router, so it is
     saved and restored with the model. Evaluation must not step it.
 
     Args:

@@ -7,12 +7,20 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from moesaic.core.errors import ConfigError
+
 Init = Callable[[Tensor, int], None]
 """Fills a weight in place, given the weight and its fan-in (inputs summed per output)."""
 
 
 def normal(std: float) -> Init:
-    """Draw from a normal distribution of fixed width, as most language models do."""
+    """Draw from a normal distribution of fixed width, as most language models do.
+
+    Raises:
+        ConfigError: if ``std`` is negative.
+    """
+    if std < 0:
+        raise ConfigError(f"init_std must be at least 0, got {std}. Most language models use 0.02.")
 
     def draw(weight: Tensor, _fan_in: int) -> None:
         nn.init.normal_(weight, std=std)

@@ -9,7 +9,7 @@ from moesaic.core.init import Init, normal
 from moesaic.core.plan import Plan
 from moesaic.experts.grouped import run_grouped
 from moesaic.kernels.activations import Activation, relu
-from moesaic.kernels.grouped_ffn import Kernel
+from moesaic.kernels.grouped_ffn import Kernel, require_known
 
 
 class MLPExperts(nn.Module):
@@ -24,6 +24,8 @@ class MLPExperts(nn.Module):
         init: draws the initial weights.
     Shape:
         ``(T, D)`` and a plan -> ``(T, D)``.
+    Raises:
+        ConfigError: if no kernel has the name.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class MLPExperts(nn.Module):
         init: Init | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(kernel, str):
+            require_known(kernel)
         self.activation = activation
         self.kernel = kernel
         self.up_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.balance import BiasRule, LossTerm, sequence_loss
+from moesaic.core.errors import ConfigError
 from moesaic.core.init import normal
 from moesaic.experts import GatedExperts, SharedExpert
 from moesaic.kernels.activations import activation as activation_named
@@ -40,6 +41,8 @@ def deepseek_v3_layer(
         init_std: 0.006 unless given (section 4.2).
         kernel: of the routed experts.
     """
+    if num_shared < 0:
+        raise ConfigError(f"num_shared must be at least 0, got {num_shared}. DeepSeek-V3 has 1.")
     init = drawn(init_std, normal(0.006))
     if num_groups is None:
         num_groups = num_experts // 32 if num_experts >= 64 and num_experts % 32 == 0 else 1

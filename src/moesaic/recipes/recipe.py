@@ -63,10 +63,14 @@ class Recipe:
                 f"recipe {self.name} has the options {', '.join(self.options)}, got {', '.join(unknown)}. "
                 "Leave out what the recipe does not have."
             )
-        sizes = {"width": width, "hidden": hidden, "num_experts": options.get("num_experts", 1)}
+        sizes = {"width": width, "hidden": hidden} | {
+            name: options[name] for name in ("num_experts", "top_k") if name in options
+        }
         for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}. Give a positive {name}.")
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"{name} must be a whole number of at least 1, got {value!r}. Give a positive {name}."
+                )
         return self.build(width, hidden=hidden, **options)
 
 

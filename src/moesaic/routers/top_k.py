@@ -79,6 +79,10 @@ class TopKRouter(nn.Module):
             )
         if not 0 <= jitter < 1:
             raise ConfigError(f"jitter must be at least 0 and less than 1, got {jitter}. Switch uses 0.01.")
+        if scale == 0:
+            raise ConfigError(
+                f"scale must not be 0, got {scale}: every weight and gradient would be 0. DeepSeek-V3 uses 2.5."
+            )
         if groups is not None:
             groups.check(num_experts, top_k)
         self.top_k = top_k

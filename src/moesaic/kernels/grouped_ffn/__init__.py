@@ -4,8 +4,8 @@
 and ``act(x up_e) down_e`` if not. Gather, products, weighting and sum are one operation, so a kernel may fuse them.
 """
 
-from moesaic.kernels.grouped_ffn.choose import KERNELS, Choice, Kernel, choose
+from moesaic.kernels.grouped_ffn.choose import KERNELS, Choice, Kernel, choose, require_known
 from moesaic.kernels.grouped_ffn.reference import grouped_ffn_reference
 from moesaic.kernels.grouped_ffn.torch import grouped_ffn_torch
 
-__all__ = ["KERNELS", "Choice", "Kernel", "choose", "grouped_ffn_reference", "grouped_ffn_torch"]
+__all__ = ["KERNELS", "Choice", "Kernel", "choose", "grouped_ffn_reference", "grouped_ffn_torch", "require_known"]

@@ -55,6 +55,17 @@ KERNELS = (
 )
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that no kernel has, before any token runs.
+
+    Raises:
+        ConfigError: naming the kernels that there are.
+    """
+    known = [kernel.name for kernel in KERNELS]
+    if name not in ("auto", *known):
+        raise ConfigError(f"kernel must be auto or one of {', '.join(known)}, got {name!r}. Use auto if unsure.")
+
+
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Pick the kernel that a setting asks for, on a device and dtype.
 
@@ -72,9 +83,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Choice:
                 passed_over = f" (passed over: {'; '.join(refused)})" if refused else ""
                 return Choice(kernel=kernel, reason=f"fastest that runs on {device.type} in {dtype}{passed_over}")
             refused.append(f"{kernel.name}: {why_not}")
+    require_known(name)
     named = {kernel.name: kernel for kernel in KERNELS}
-    if name not in named:
-        raise ConfigError(f"kernel must be auto or one of {', '.join(named)}, got {name!r}. Use auto if unsure.")
     why_not = named[name].cannot(device, dtype)
     if why_not is not None:
         raise BackendError(
