@@ -25,7 +25,7 @@ from transformers import (
 from moesaic import CheckpointError, recipes
 from moesaic.data.tokenizer import byte_tokenizer
 from moesaic.hf import bias_controllers, moe_layers, sparsify
-from moesaic.hf.config import MoesaicConfig
+from moesaic.hf.auto import MoesaicConfig
 from moesaic.hf.register import register
 from tests.hf.test_forward import sparse
 from tests.hf.tiny import FAMILIES, OPTIONS, assert_equal_tensors, batch, build

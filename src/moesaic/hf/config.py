@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedConfig
 
-from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.errors import ConfigError
 
 MODEL_TYPE = "moesaic"
 """What ``config.json`` says in ``model_type``; ``base_model_type`` there names the dense model."""
@@ -21,35 +21,6 @@ _Maker = TypeVar("_Maker", bound=Callable[..., Any])
 def made_once(maker: _Maker) -> _Maker:
     """``functools.cache`` for functions of classes, which mypy takes for unhashable."""
     return cast(_Maker, cache(maker))
-
-
-class MoesaicConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """What transformers finds under ``model_type: moesaic``: reads the file, gives the subclass that belongs to it."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration of a sparse model, of a class derived from its dense model's configuration.
-
-        Raises:
-            CheckpointError: if the entry is damaged, of a newer version, or of a model that transformers lacks.
-        """
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        from moesaic.hf.modeling import join_auto_classes
-        from moesaic.hf.spec import SparseSpec
-
-        SparseSpec.from_dict(config_dict.get("moesaic"))
-        base = config_dict.get("base_model_type")
-        if not isinstance(base, str) or base not in CONFIG_MAPPING:
-            raise CheckpointError(
-                f"This model's config.json names the dense model {base!r}, which transformers does not have. "
-                "Update transformers, or copy the folder again from where it was saved."
-            )
-        config_class = sparse_config_class(CONFIG_MAPPING[base])
-        join_auto_classes(config_class)
-        return config_class.from_dict(config_dict, **kwargs)
 
 
 @made_once

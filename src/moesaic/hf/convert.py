@@ -10,10 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moesaic import recipes
 from moesaic.balance import LossTerm
 from moesaic.core.errors import ConfigError
+from moesaic.hf.auto import join_auto_classes
 from moesaic.hf.config import sparse_config
 from moesaic.hf.find import FeedForward, choose, find_feed_forwards
 from moesaic.hf.layers import is_sparse, moe_layers
-from moesaic.hf.modeling import install, join_auto_classes, sparse_class
+from moesaic.hf.modeling import install, sparse_class
 from moesaic.hf.spec import LayerSpec, SparseSpec
 
 Model = TypeVar("Model", bound=PreTrainedModel)

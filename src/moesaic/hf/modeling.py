@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import transformers.models.auto.modeling_auto as auto
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -160,18 +159,6 @@ def keep_frame(function: Callable[..., Any]) -> KeepFrame:
             'losses off from the router. Pass {"use_reentrant": False} as its keyword arguments, or leave them out.'
         )
     return KeepFrame(function)
-
-
-def join_auto_classes(config_class: type[Any]) -> None:
-    """Let each Auto class that knows the dense model know the sparse one."""
-    dense = config_class.dense_class
-    for auto_class in vars(auto).values():
-        mapping = getattr(auto_class, "_model_mapping", None)
-        if mapping is None or not inspect.isclass(auto_class) or dense not in mapping:
-            continue
-        known = mapping[dense]
-        sparse = tuple(map(sparse_class, known)) if isinstance(known, tuple | list) else sparse_class(known)
-        mapping.register(config_class, sparse, exist_ok=True)
 
 
 def _new_model(dense: type[PreTrainedModel]) -> SparseModel:

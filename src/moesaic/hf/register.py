@@ -21,7 +21,8 @@ def register() -> None:
 
 
 def _add_to(auto_config: ModuleType) -> None:
-    from moesaic.hf.config import MODEL_TYPE, MoesaicConfig
+    from moesaic.hf.auto import MoesaicConfig
+    from moesaic.hf.config import MODEL_TYPE
 
     auto_config.CONFIG_MAPPING.register(MODEL_TYPE, MoesaicConfig, exist_ok=True)
 
