@@ -86,6 +86,15 @@ def test_a_mask_of_another_shape_is_refused():
     )
 
 
+def test_scores_in_place_of_experts_are_refused():
+    with pytest.raises(ConfigError) as error:
+        Routing.from_choices(torch.rand(3, 2), torch.rand(3, 2), torch.rand(3, 4), torch.rand(3, 4))
+    assert str(error.value) == (
+        "expert_TK must hold whole numbers, the chosen experts, got torch.float32. "
+        "Pass the indices that topk gives, not the scores."
+    )
+
+
 def test_a_mask_of_floats_is_refused_because_an_additive_one_means_the_opposite():
     with pytest.raises(ConfigError) as error:
         _routing([[0], [1]], 2, torch.tensor([0.0, -math.inf], dtype=torch.bfloat16))

@@ -56,7 +56,6 @@ def test_renaming_experts_changes_no_balance_figure(random_trace):
     trace = random_trace(num_experts=(8, 8), lean=2.0)
     renamed = replace(trace, expert=np.random.default_rng(1).permutation(8)[trace.expert])
     np.testing.assert_allclose(metrics.max_over_mean(renamed), metrics.max_over_mean(trace))
-    np.testing.assert_allclose(metrics.distance_from_average(renamed), metrics.distance_from_average(trace))
     for first, second in zip(information.about_domain(renamed), information.about_domain(trace), strict=True):
         assert first.bits == pytest.approx(second.bits)
 
@@ -72,14 +71,6 @@ def test_layers_without_rows_give_nan_and_no_warning(make_trace):
     trace = make_trace([(0, 0, 1, 0, 65, 0, 0)], num_experts=(4, 4))
     assert np.isnan(metrics.max_over_mean(trace)[0])
     assert np.isnan(metrics.share(trace)[0]).all()
-    assert np.isnan(metrics.distance_from_average(trace)[0]).all()
-
-
-def test_distance_is_the_part_that_would_have_to_move(make_trace):
-    # Code always expert 0, literature half 0 half 1: the average is (3/4, 1/4), a quarter away from each.
-    rows = [(0, number, 0, 0, 65, 0, 0) for number in range(4)]
-    rows += [(1, number, 0, 0, 65, number % 2, 1) for number in range(8)]
-    np.testing.assert_allclose(metrics.distance_from_average(make_trace(rows)), [[0.25, 0.25]])
 
 
 def test_the_taker_is_the_expert_that_a_domain_has_most_above_the_average(make_trace):
@@ -88,7 +79,6 @@ def test_the_taker_is_the_expert_that_a_domain_has_most_above_the_average(make_t
     code, literature = metrics.takers(make_trace(rows), 0)
     assert (code.domain, code.expert, code.share, code.average) == ("code", 0, 0.75, 0.625)
     assert (literature.domain, literature.expert, literature.share, literature.average) == ("literature", 2, 0.5, 0.25)
-    assert literature.lift == 2
 
 
 def test_repetition_looks_at_neighbours_of_one_sequence_only(make_trace):

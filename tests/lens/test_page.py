@@ -94,9 +94,11 @@ def test_the_page_tells_everything_of_a_moe_and_its_twin(twin_page):
     ):
         assert words in seen.text()
     names = ["by_domain", "domains", "drops_entropy", "film", "imbalance", "information", "load", "loss", "repetition"]
-    assert sorted(file.stem for file in (twin_page.parent / "figures").iterdir()) == names
+    assert sorted(file.stem for file in (twin_page.parent / f"{twin_page.stem}-figures").iterdir()) == names
     assert seen.elements.count("svg") == len(names)
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (twin_page.parent / "figures").iterdir())
+    assert all(
+        file.read_bytes().startswith(b"\x89PNG") for file in (twin_page.parent / f"{twin_page.stem}-figures").iterdir()
+    )
 
 
 def test_the_page_needs_no_network_and_no_other_file(twin_page):
@@ -177,8 +179,8 @@ def test_a_folder_gets_report_html(tmp_path, random_trace, monkeypatch):
 def test_one_run_of_a_dense_model_still_makes_a_page(tmp_path, random_trace, write_run):
     run = write_run(tmp_path / "dense", random_trace(), dense=True)
     text = report(random_trace(), tmp_path / "out", runs={"dense": run}).read_text(encoding="utf-8")
-    assert "dense needs 1.775 bits for a byte" in text
-    assert not (tmp_path / "out" / "figures" / "film.png").exists()
+    assert "dense: 1.775 bits for a byte" in text
+    assert not (tmp_path / "out" / "report-figures" / "film.png").exists()
 
 
 @pytest.mark.slow
@@ -228,15 +230,14 @@ def test_a_trace_without_rows_is_refused_with_a_way_out(tmp_path, make_trace):
 def test_a_disk_that_is_full_leaves_the_old_page(tmp_path, monkeypatch, random_trace):
     path = report(random_trace(), tmp_path)
     before = path.read_bytes()
-    write_bytes = type(path).write_bytes
+    replace = type(path).replace
 
-    def disk_full(self, content):
-        if "report.html" in self.name:
-            write_bytes(self, content[:100])
+    def disk_full(self, target):
+        if target.name == "report.html":
             raise OSError(28, "No space left on device")
-        return write_bytes(self, content)
+        return replace(self, target)
 
-    monkeypatch.setattr(type(path), "write_bytes", disk_full)
+    monkeypatch.setattr(type(path), "replace", disk_full)
     with pytest.raises(CheckpointError) as error:
         report(random_trace(seed=1), tmp_path)
     assert str(error.value) == (
@@ -244,7 +245,7 @@ def test_a_disk_that_is_full_leaves_the_old_page(tmp_path, monkeypatch, random_t
         "Free some space or give another path; what stood there before is untouched."
     )
     assert path.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report-figures", "report.html"]
 
 
 def test_matplotlib_and_pyarrow_are_imported_only_when_needed():
@@ -312,6 +313,14 @@ def test_a_passage_is_the_longest_text_of_its_domain_and_no_longer_than_asked(ma
     rows = [(0, n, 0, 0, 65, 0, 0) for n in range(3)] + [(1, n, 0, 0, 66, 1, 0) for n in range(9)]
     (passage,) = passages(make_trace(rows), max_tokens=4)
     assert passage.texts == ["B"] * 4
+
+
+def test_a_passage_of_an_encoder_and_a_decoder_shows_what_the_decoder_read(make_trace):
+    encoder = [(0, place, 0, 0, token, 1, 0) for place, token in enumerate(b"abcd")]
+    decoder = [(0, place, 1, 0, token, 2, 0) for place, token in enumerate(b"xyz")]
+    (passage,) = passages(make_trace(decoder + encoder, num_experts=(4, 4)))
+    assert passage.texts == ["x", "y", "z"]
+    assert passage.choices == {1: [[(2, 0.5)]] * 3}
 
 
 def test_a_run_that_drops_nothing_says_so_instead_of_drawing_zeros(tmp_path, random_trace, write_run):

@@ -11,18 +11,23 @@ def test_a_run_reads_back_what_training_wrote(tmp_path, random_trace, write_run)
     trace = random_trace()
     run = read_run("ours", write_run(tmp_path / "moe", trace))
     assert run.is_sparse
+    assert run.is_finished
+    assert run.caption == "ours"
     assert (len(run.step), len(run.eval_step)) == (40, 4)
     assert set(run.load) == set(trace.metadata.layer_names)
     assert run.load[trace.metadata.layer_names[0]].shape == (40, 4)
     np.testing.assert_allclose(run.max_over_mean[trace.metadata.layer_names[1]][:2], [2, 1.5])
-    assert run.final_bits_per_byte["mean"] == pytest.approx(1.775)
+    assert run.last_bits_per_byte["mean"] == pytest.approx(1.775)
     assert not read_run("twin", write_run(tmp_path / "dense", trace, dense=True)).is_sparse
 
 
 def test_a_run_that_was_stopped_has_its_last_evaluation_for_a_result(tmp_path, random_trace, write_run):
     folder = write_run(tmp_path, random_trace(), steps=25)
     (folder / "summary.json").unlink()
-    assert read_run("moe", folder).final_bits_per_byte["code"] == pytest.approx(1.5 + 1 / 20)
+    run = read_run("moe", folder)
+    assert run.last_bits_per_byte["code"] == pytest.approx(1.5 + 1 / 20)
+    assert not run.is_finished
+    assert run.caption == "moe, unfinished, step 20"
 
 
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path, random_trace, write_run):

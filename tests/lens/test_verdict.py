@@ -57,7 +57,14 @@ def test_a_difference_below_a_tenth_of_a_per_cent_is_none(random_trace, twin_run
 
 def test_one_run_is_compared_with_guessing(random_trace, twin_runs):
     assert sentences(random_trace(), twin_runs(0.0)[0])[0] == (
-        "moe needs 1.775 bits for a byte of held-out text; guessing needs 8."
+        "moe: 1.775 bits for a byte of held-out text; guessing needs 8."
+    )
+
+
+def test_a_twin_that_has_not_finished_is_not_compared(random_trace, twin_runs):
+    sparse, dense = twin_runs(0.2)
+    assert sentences(random_trace(), sparse, replace(dense, summary={}))[0] == (
+        "moe: 1.775 bits for a byte of held-out text; guessing needs 8."
     )
 
 

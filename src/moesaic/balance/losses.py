@@ -17,7 +17,8 @@ def switch_loss(routing: Routing) -> Tensor:
     """Push probability away from the experts that are busiest: ``E * sum_e f_e P_e``.
 
     ``f_e`` is the share of rows that expert e got (no gradient), ``P_e`` its mean probability over tokens.
-    1 at perfect balance for every K, at most E. Multiply transformers' coefficients by K to get the same pull.
+    1 at perfect balance for every K, at most E. A coefficient of transformers, whose loss pools L layers, times K / L
+    pulls as hard here, where each layer has a loss of its own.
 
     Source: Switch Transformer eq. 4 to 6 for K=1; DeepSeekMoE eq. 12 to 14 for any K.
     """

@@ -7,6 +7,7 @@ from moesaic.core.errors import (
     DataError,
     MoesaicError,
     ShapeError,
+    StoppedElsewhereError,
 )
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
@@ -20,4 +21,5 @@ __all__ = [
     "Plan",
     "Routing",
     "ShapeError",
+    "StoppedElsewhereError",
 ]

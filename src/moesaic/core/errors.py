@@ -21,5 +21,9 @@ class CheckpointError(MoesaicError):
     """Files on disk that are missing, damaged, foreign or of another version, or that could not be written."""
 
 
+class StoppedElsewhereError(MoesaicError):
+    """Another rank stopped and says why; this one stops with it, so that nobody waits for ever."""
+
+
 class BackendError(MoesaicError, RuntimeError):
     """A kernel or an optional library that was asked for and cannot run here."""

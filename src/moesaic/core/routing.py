@@ -61,8 +61,13 @@ class Routing:
             valid_T: False where a token is padding; None when none is.
         Raises:
             ShapeError: if the five do not agree on T, K or E.
-            ConfigError: if ``valid_T`` is a mask of floats.
+            ConfigError: if the experts are not whole numbers, or ``valid_T`` is a mask of floats.
         """
+        if expert_TK.is_floating_point() or expert_TK.dtype == torch.bool:
+            raise ConfigError(
+                f"expert_TK must hold whole numbers, the chosen experts, got {expert_TK.dtype}. "
+                "Pass the indices that topk gives, not the scores."
+            )
         if expert_TK.ndim != 2 or expert_TK.shape != weight_TK.shape:
             raise ShapeError(
                 f"expert_TK and weight_TK must both be (tokens, choices), got {tuple(expert_TK.shape)} and "

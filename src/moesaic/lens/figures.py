@@ -26,7 +26,7 @@ def figures(trace: RoutingTrace, runs: list[Run], domain: list[Information], tok
     pictures: list[Picture] = []
     if any(np.isfinite(run.loss).any() or len(run.eval_step) for run in runs):
         pictures.append(training.loss_curves(runs))
-    if any(run.final_bits_per_byte for run in runs):
+    if any(run.last_bits_per_byte for run in runs):
         pictures.append(training.bits_by_domain(runs))
     pictures.append(routing.domain_heat_map(trace))
     pictures.append(routing.load_by_expert(trace))

@@ -18,10 +18,9 @@ def headline_numbers(trace: RoutingTrace, runs: list[Run]) -> str:
     """A description list: what the runs reached at what size and speed, and how the trace's load lies."""
     items: list[tuple[str, str]] = []
     for run in runs:
-        label = one_line(run.label)
-        final = run.final_bits_per_byte
-        if "mean" in final:
-            items.append((f"{final['mean']:.3f}", f"bits per byte, {label}"))
+        last = run.last_bits_per_byte
+        if "mean" in last:
+            items.append((f"{last['mean']:.3f}", f"bits per byte, {one_line(run.caption)}"))
     for run in runs:
         items += _size_and_speed(run.summary, one_line(run.label))
     worst_L = metrics.max_over_mean(trace)

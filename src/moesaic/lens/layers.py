@@ -1,11 +1,31 @@
-"""Short names for layers: ``layer 3`` where their paths differ in one number only."""
+"""Which layers a page shows, and short names for them: ``layer 3`` where paths differ in one number only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from moesaic.lens.tokens import one_line
+from moesaic.telemetry.trace import RoutingTrace
+
+# What keeps the page of a large model at a few megabytes, and a figure on one screen.
+_MOST_LAYERS = 12
+
+
+def shown_layers(trace: RoutingTrace) -> list[int]:
+    """The layers with rows, thinned evenly from first to last where they are many."""
+    layers = np.unique(trace.layer)
+    if len(layers) > _MOST_LAYERS:
+        layers = layers[np.linspace(0, len(layers) - 1, _MOST_LAYERS).round().astype(int)]
+    return [int(layer) for layer in layers]
+
+
+def labels_of(trace: RoutingTrace) -> list[str]:
+    """What each layer of a trace is called on the page, in depth order."""
+    labels = layer_labels(trace.metadata.layer_names)
+    return [labels[name] for name in trace.metadata.layer_names]
 
 
 def layer_labels(names: Sequence[str]) -> dict[str, str]:

@@ -97,32 +97,15 @@ def drop_rate(trace: RoutingTrace) -> FloatArray:
     return _divide(dropped_L, rows_L)
 
 
-def distance_from_average(trace: RoutingTrace) -> FloatArray:
-    """How far a domain's routing lies from the average domain's, shape (L, Q), in 0..1.
-
-    Total variation, ``1/2 sum_e |share[l, q, e] - mean_q' share[l, q', e]|``: the part of the domain's choices that
-    would have to move to make it average.
-    """
-    share_LQE = share(trace)
-    mean_L1E = _mean_over_domains(share_LQE)[:, None]
-    distance_LQ: FloatArray = np.nansum(np.abs(share_LQE - mean_L1E), axis=2) / 2
-    return np.where(np.isnan(share_LQE).all(axis=2), np.nan, distance_LQ)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taker:
-    """The expert that takes more of a domain than of the others, measured by ``lift``."""
+    """The expert that takes more of a domain than of the average one, and both shares."""
 
     layer: int
     domain: str
     expert: int
     share: float
     average: float
-
-    @property
-    def lift(self) -> float:
-        """``share / average``."""
-        return self.share / self.average
 
 
 def takers(trace: RoutingTrace, layer: int) -> list[Taker]:

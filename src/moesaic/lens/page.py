@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,14 +13,15 @@ from string import Template
 
 import numpy as np
 
-from moesaic.core.errors import CheckpointError, DataError
+from moesaic.core.errors import DataError
+from moesaic.core.files import cannot_write, replacing_file
 from moesaic.lens import information, metrics, palette
 from moesaic.lens.drawing import Picture
 from moesaic.lens.figures import figures
 from moesaic.lens.headline import headline_numbers
 from moesaic.lens.passages import Passage, passages
 from moesaic.lens.runs import Run, read_run
-from moesaic.lens.sections import favourites_section, passages_section, picture_section
+from moesaic.lens.sections import favourites_section, passage_layers, passages_section, picture_section
 from moesaic.lens.tokens import one_line
 from moesaic.lens.verdict import verdict
 from moesaic.telemetry.trace import RoutingTrace
@@ -42,7 +41,8 @@ def report(
 
     Args:
         trace: the choices to look at, best of held-out text.
-        out: the page's path, or a folder, which gets ``report.html``. Figures go to ``figures/`` beside the page.
+        out: the page's path, or a folder, which gets ``report.html``. Beside it ``report-figures/``,
+            named after the page, gets each figure as PNG.
         runs: run folders by label; their histories give the curves over training. Made for a MoE and its dense twin,
             but any number will do.
         title: heading of the page.
@@ -66,7 +66,7 @@ def report(
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         out = out / "report.html"
     for picture in pictures:
-        _write(out.parent / "figures" / f"{picture.name}.png", picture.png)
+        _write(out.with_name(f"{out.stem}-figures") / f"{picture.name}.png", picture.png)
     _write(out, page.encode())
     return out
 
@@ -128,8 +128,9 @@ def _method(trace: RoutingTrace) -> str:
         "Padding is left out; every choice of a token counts, not only its first; choices that were dropped for "
         "lack of room count as choices; experts that got nothing count in every mean.",
         "A token's lift for an expert is the share of that token's choices that went to the expert, over the expert's "
-        "share of all choices. Tokens seen fewer than 30 times are left out and the rest ranked by the lower end of a "
-        "95 % interval, so that a rare token cannot win by luck.",
+        "share of all choices. Tokens with fewer than 30 choices in a layer are left out and the rest ranked by the "
+        "lower end of a 95 % interval, so that a rare token needs a stronger preference than a common one. Each "
+        "interval stands alone: among hundreds of tokens a few pass by luck.",
         "Chance for domains is measured, not assumed: whole pieces of text exchange their domain labels 1,999 times, "
         "and the routing is scored again each time.",
     )
@@ -138,9 +139,7 @@ def _method(trace: RoutingTrace) -> str:
 
 def _data(trace: RoutingTrace, read: list[Passage]) -> str:
     """The passages' choices for the script, as JSON in which no ``<`` can end the element."""
-    from moesaic.lens.sections import passage_layers
-
-    layers, labels, shown = passage_layers(trace)
+    layers, labels, shown = passage_layers(trace, read)
     data = {
         "layers": labels,
         "shown": layers.index(shown),
@@ -163,17 +162,8 @@ def _asset(name: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Put a whole file in place, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with replacing_file(path) as file:
+            file.write(content)
     except OSError as error:
-        raise CheckpointError(
-            f"The report could not be written to {path}: {error.strerror or error}. "
-            "Free some space or give another path; what stood there before is untouched."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise cannot_write("report", path, error) from error

@@ -22,7 +22,7 @@ class Passage:
     Attributes:
         domain: its name.
         texts: what a reader sees of each token; empty for one that continues a character begun before it.
-        choices: for each layer with rows, for each token, its experts.
+        choices: for each layer that read these tokens, for each token, its experts.
     """
 
     domain: str
@@ -37,18 +37,19 @@ def passages(trace: RoutingTrace, *, max_tokens: int = 360) -> list[Passage]:
     """
     if not trace.metadata.token_text:
         return []
+    last = trace.where(trace.layer == trace.layer.max())
     found = []
     order = [index for index in np.unique(trace.domain) if index >= 0] + [-1] * bool((trace.domain == -1).any())
     for index, name in zip(order, metrics.domains(trace), strict=True):
-        inside = trace.where(trace.domain == index)
+        inside = last.where(last.domain == index)
+        if not inside.num_rows:
+            continue
         sequences, counts = np.unique(inside.sequence, return_counts=True)
-        text = inside.where(inside.sequence == sequences[np.argmax(counts)])
-        positions = np.unique(text.position)[:max_tokens]
-        text = text.where(text.position <= positions[-1])
-        token_of = dict(zip(text.position.tolist(), text.token_id.tolist(), strict=True))
-        tokens = [token_of[position] for position in positions.tolist()]
+        text = trace.where((trace.domain == index) & (trace.sequence == sequences[np.argmax(counts)]))
+        token_of = _tokens_read(text, max_tokens)
+        tokens = list(token_of.values())
         if min(tokens) >= 0:
-            found.append(Passage(domain=name, texts=_readable(trace, tokens), choices=_choices(text, positions)))
+            found.append(Passage(domain=name, texts=_readable(trace, tokens), choices=_choices(text, token_of)))
     return found
 
 
@@ -68,15 +69,38 @@ def describe(label: str, choices: Choices) -> str:
     return f"{label}: " + ", ".join(f"expert {expert} (weight {weight:.2f})" for expert, weight in choices)
 
 
-def _choices(text: RoutingTrace, positions: np.ndarray) -> dict[int, list[Choices]]:
+def _tokens_read(text: RoutingTrace, max_tokens: int) -> dict[int, int]:
+    """The first tokens by position, as the last layer read them and those before it that read the same."""
+    token_of: dict[int, int] = {}
+    for layer in np.unique(text.layer)[::-1]:
+        own = _token_by_position(text, layer)
+        if not _differ(own, token_of):
+            token_of |= own
+    return dict(sorted(token_of.items())[:max_tokens])
+
+
+def _choices(text: RoutingTrace, token_of: dict[int, int]) -> dict[int, list[Choices]]:
+    """Each layer's choices by position; layers that read other tokens there, an encoder's, are left out."""
     result: dict[int, list[Choices]] = {}
     for layer in np.unique(text.layer):
-        rows = text.where(text.layer == layer)
-        by_position: dict[int, Choices] = {int(position): [] for position in positions}
+        if _differ(_token_by_position(text, layer), token_of):
+            continue
+        rows = text.where((text.layer == layer) & np.isin(text.position, list(token_of)))
+        by_position: dict[int, Choices] = {position: [] for position in token_of}
         for row in np.lexsort((rows.choice, rows.position)):
             by_position[int(rows.position[row])].append((int(rows.expert[row]), float(rows.weight[row])))
         result[int(layer)] = list(by_position.values())
     return result
+
+
+def _token_by_position(text: RoutingTrace, layer: int) -> dict[int, int]:
+    rows = text.layer == layer
+    return dict(zip(text.position[rows].tolist(), text.token_id[rows].tolist(), strict=True))
+
+
+def _differ(one: dict[int, int], other: dict[int, int]) -> bool:
+    """Whether the two have another token at any position that both know."""
+    return any(other.get(position, token) != token for position, token in one.items())
 
 
 def _readable(trace: RoutingTrace, tokens: list[int]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from moesaic.lens import metrics, palette
 from moesaic.lens.drawing import Picture, draw, panels
 from moesaic.lens.information import Information
-from moesaic.lens.layers import layer_labels
+from moesaic.lens.layers import labels_of, shown_layers
 from moesaic.lens.metrics import FloatArray
 from moesaic.lens.tokens import one_line
 from moesaic.telemetry.trace import RoutingTrace
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Beyond these a cell has no room for its number, and a layer none for a panel of its own.
+# Beyond these a cell has no room for its number.
 _MOST_NUMBERED_EXPERTS = 10
-_MOST_PANELS = 12
 
 
 def domain_heat_map(trace: RoutingTrace) -> Picture:
     """Share of each expert in each domain, one panel for each layer, coloured by its ratio to uniform."""
     share_LQE = metrics.share(trace)
     names = [one_line(name) for name in metrics.domains(trace)]
-    layers = _shown_layers(trace)
+    layers = shown_layers(trace)
     ratio_LQE = share_LQE * np.asarray(trace.metadata.num_experts)[:, None, None]
     limit = _colour_limit(ratio_LQE[layers])
-    labels = _labels(trace)
+    labels = labels_of(trace)
     rows_L = np.bincount(trace.layer, minlength=trace.num_layers)
     columns = 1 if len(layers) <= 6 and share_LQE.shape[2] <= 64 else 2
     height = 0.42 + (0.34 + 0.24 * len(names)) * -(-len(layers) // columns)
@@ -61,8 +60,8 @@ def domain_heat_map(trace: RoutingTrace) -> Picture:
 
 def information(trace: RoutingTrace, domain: list[Information], token: list[Information]) -> Picture | None:
     """What the expert's number tells about the domain, and the token about the expert; None if neither is known."""
-    layers = _shown_layers(trace)
-    labels = _labels(trace)
+    layers = shown_layers(trace)
+    labels = labels_of(trace)
     shown = [
         ([values[layer] for layer in layers], title)
         for values, title, known in (
@@ -99,10 +98,10 @@ def information(trace: RoutingTrace, domain: list[Information], token: list[Info
 def repetition(trace: RoutingTrace) -> Picture | None:
     """How often neighbouring tokens share their first expert; None if the trace has no neighbours."""
     observed_L, chance_L = metrics.repetition(trace)
-    layers = [layer for layer in _shown_layers(trace) if np.isfinite(observed_L[layer])]
+    layers = [layer for layer in shown_layers(trace) if np.isfinite(observed_L[layer])]
     if not layers:
         return None
-    labels = _labels(trace)
+    labels = labels_of(trace)
 
     def paint(figure: Figure) -> None:
         (panel,) = panels(figure, 1)
@@ -126,8 +125,8 @@ def load_by_expert(trace: RoutingTrace) -> Picture:
     """Share of all choices that each expert was given, one panel for each layer."""
     share_LE = metrics.load_share(trace)
     worst_L = metrics.max_over_mean(trace)
-    layers = _shown_layers(trace)
-    labels = _labels(trace)
+    layers = shown_layers(trace)
+    labels = labels_of(trace)
     colours = [light for light, _ in palette.expert_colours(share_LE.shape[1])]
     columns = 2 if len(layers) > 1 else 1
 
@@ -237,21 +236,8 @@ def _name_rows(panel: Axes, names: list[str]) -> None:
     panel.set_ylim(len(names) - 0.5, -0.7)
 
 
-def _shown_layers(trace: RoutingTrace) -> list[int]:
-    """All layers, or as many spread evenly from first to last as there are panels."""
-    with_rows = np.unique(trace.layer)
-    if len(with_rows) <= _MOST_PANELS:
-        return [int(layer) for layer in with_rows]
-    chosen = np.linspace(0, len(with_rows) - 1, _MOST_PANELS).round().astype(int)
-    return [int(layer) for layer in with_rows[chosen]]
-
-
 def _shown(layers: list[int], trace: RoutingTrace) -> str:
     return "" if len(layers) == trace.num_layers else f"{len(layers)} of {trace.num_layers} layers are shown. "
-
-
-def _labels(trace: RoutingTrace) -> list[str]:
-    return list(layer_labels(trace.metadata.layer_names).values())
 
 
 def _expert_ticks(num_experts: int, columns: int) -> list[int]:

@@ -24,7 +24,8 @@ class Run:
     Attributes:
         label: what the run is called on the page.
         is_sparse: True if it has MoE layers.
-        step: optimizer step of each training line, ``loss`` its training loss in nats per token.
+        step: optimizer step of each training line.
+        loss: its training loss in nats per token, balance losses included.
         load: share of each expert over the steps, (steps, experts), by layer.
         max_over_mean, drop_rate, router_entropy: one value for each training line, by layer.
         eval_step: optimizer step of each evaluation.
@@ -45,7 +46,20 @@ class Run:
     summary: Mapping[str, Any]
 
     @property
-    def final_bits_per_byte(self) -> dict[str, float]:
+    def is_finished(self) -> bool:
+        """Whether the run reached its end and measured all held-out text."""
+        stored = self.summary.get("bits_per_byte")
+        return isinstance(stored, Mapping) and "mean" in stored
+
+    @property
+    def caption(self) -> str:
+        """The label, and the step of the last evaluation where the run has not finished."""
+        if self.is_finished or not len(self.eval_step):
+            return self.label
+        return f"{self.label}, unfinished, step {self.eval_step[-1]:.0f}"
+
+    @property
+    def last_bits_per_byte(self) -> dict[str, float]:
         """Held-out bits per byte by domain, ``mean`` among them: the summary's, else the last evaluation's."""
         stored = self.summary.get("bits_per_byte")
         if isinstance(stored, Mapping) and stored:

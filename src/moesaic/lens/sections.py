@@ -8,13 +8,12 @@ import numpy as np
 
 from moesaic.lens import metrics
 from moesaic.lens.drawing import Picture
-from moesaic.lens.layers import layer_labels
+from moesaic.lens.layers import labels_of, shown_layers
 from moesaic.lens.passages import Passage, passage_html
 from moesaic.lens.tokens import PreferredToken, one_line, preferred_tokens
 from moesaic.telemetry.trace import RoutingTrace
 
 # What keeps the page of a large model at a few megabytes.
-_MOST_LAYERS = 12
 _MOST_EXPERTS = 64
 
 
@@ -35,8 +34,8 @@ def favourites_section(trace: RoutingTrace) -> str:
     """One table for each layer: the tokens that each expert prefers."""
     if not (trace.token_id >= 0).any():
         return ""
-    labels = _labels(trace)
-    layers = _spread(trace)
+    labels = labels_of(trace)
+    layers = shown_layers(trace)
     tables = [_favourites_table(trace, layer, labels[layer], is_open=layer == layers[0]) for layer in layers]
     some = "" if len(layers) == trace.num_layers else f" {len(layers)} of {trace.num_layers} layers are shown."
     return (
@@ -52,7 +51,7 @@ def passages_section(trace: RoutingTrace, passages: list[Passage]) -> str:
     """A passage of each domain, coloured for one layer; the script adds a choice of layers."""
     if not passages:
         return ""
-    layers, labels, shown = passage_layers(trace)
+    layers, labels, shown = passage_layers(trace, passages)
     label = labels[layers.index(shown)]
     num_experts = max(trace.metadata.num_experts)
     legend = "".join(
@@ -62,7 +61,6 @@ def passages_section(trace: RoutingTrace, passages: list[Passage]) -> str:
     texts = "\n".join(
         f"<div><h3>{escape(one_line(passage.domain))}</h3>\n{passage_html(passage, shown, label)}</div>"
         for passage in passages
-        if shown in passage.choices
     )
     return (
         "<section>\n<h2>Read along with the experts</h2>\n"
@@ -74,10 +72,10 @@ def passages_section(trace: RoutingTrace, passages: list[Passage]) -> str:
     )
 
 
-def passage_layers(trace: RoutingTrace) -> tuple[list[int], list[str], int]:
-    """The layers that passages are coloured for, their labels, and the one shown at first: the last."""
-    layers = _spread(trace)
-    labels = _labels(trace)
+def passage_layers(trace: RoutingTrace, passages: list[Passage]) -> tuple[list[int], list[str], int]:
+    """The layers that every passage can be coloured for, their labels, and the one shown at first: the last."""
+    layers = [layer for layer in shown_layers(trace) if all(layer in passage.choices for passage in passages)]
+    labels = labels_of(trace)
     return layers, [labels[layer] for layer in layers], layers[-1]
 
 
@@ -106,22 +104,10 @@ def _favourites_table(trace: RoutingTrace, layer: int, label: str, *, is_open: b
 
 def _chips(tokens: list[PreferredToken]) -> str:
     if not tokens:
-        return "<small>none that chance could not explain</small>"
+        return "<small>none beyond a 95 % interval</small>"
     chips = "".join(
         f'<span class="token" title="{token.lift:.1f} times its share of all choices"><code>{escape(token.text)}</code>'
         f"<small>{100 * token.share:.0f} %</small><small>n {token.num_rows:,}</small></span>"
         for token in tokens
     )
     return f'<div class="tokens">{chips}</div>'
-
-
-def _spread(trace: RoutingTrace) -> list[int]:
-    """The layers with rows, thinned evenly from first to last where they are many."""
-    layers = np.unique(trace.layer)
-    if len(layers) > _MOST_LAYERS:
-        layers = layers[np.linspace(0, len(layers) - 1, _MOST_LAYERS).round().astype(int)]
-    return [int(layer) for layer in layers]
-
-
-def _labels(trace: RoutingTrace) -> list[str]:
-    return list(layer_labels(trace.metadata.layer_names).values())

@@ -63,6 +63,7 @@ def loss_curves(runs: list[Run]) -> Picture:
         "loss",
         "How well the models learn to predict the text",
         "Lower is better. Thin line: each logged training step; thick line: running mean over a thirtieth of them. "
+        "A mixture's training loss has its balance losses in it; held-out bits do not. "
         f"n (training lines and evaluations): {counts}. Guessing each byte at random costs 8 bits per byte.",
         0.4 + 1.9 * (bool(trained) + bool(evaluated)),
         paint,
@@ -70,9 +71,9 @@ def loss_curves(runs: list[Run]) -> Picture:
 
 
 def bits_by_domain(runs: list[Run]) -> Picture:
-    """Final held-out bits per byte of every run, domain by domain."""
+    """The last held-out bits per byte of every run, domain by domain."""
     colours = run_colours(runs)
-    finals = {run.label: run.final_bits_per_byte for run in runs}
+    finals = {run.label: run.last_bits_per_byte for run in runs}
     names = [name for name in dict.fromkeys(name for final in finals.values() for name in final) if name != "mean"]
     if any("mean" in final for final in finals.values()):
         names.append("mean")
@@ -102,7 +103,7 @@ def bits_by_domain(runs: list[Run]) -> Picture:
         panel.set_xlabel("bits per byte of held-out text (lower is better)")
         panel.grid(axis="x")
         panel.spines["left"].set_visible(False)
-        handles = [panel.plot([], [], "o", color=colours[run.label], label=one_line(run.label))[0] for run in runs]
+        handles = [panel.plot([], [], "o", color=colours[run.label], label=one_line(run.caption))[0] for run in runs]
         panel.legend(
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(runs)), handletextpad=0.2
         )

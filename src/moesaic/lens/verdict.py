@@ -8,7 +8,7 @@ import numpy as np
 
 from moesaic.lens import metrics
 from moesaic.lens.information import Information
-from moesaic.lens.layers import layer_labels
+from moesaic.lens.layers import labels_of
 from moesaic.lens.runs import Run
 from moesaic.lens.tokens import one_line
 from moesaic.telemetry.trace import RoutingTrace
@@ -26,10 +26,10 @@ def verdict(trace: RoutingTrace, runs: Sequence[Run], domain: list[Information])
 
 
 def twins(runs: Sequence[Run]) -> tuple[Run, Run] | None:
-    """The first sparse and the first dense run that both know their held-out bits per byte."""
-    known = [run for run in runs if "mean" in run.final_bits_per_byte]
-    sparse = next((run for run in known if run.is_sparse), None)
-    dense = next((run for run in known if not run.is_sparse), None)
+    """The first sparse and the first dense run that have both finished: half-way figures are not compared."""
+    finished = [run for run in runs if run.is_finished]
+    sparse = next((run for run in finished if run.is_sparse), None)
+    dense = next((run for run in finished if not run.is_sparse), None)
     return (sparse, dense) if sparse and dense else None
 
 
@@ -55,12 +55,12 @@ def equal_terms(sparse: Run, dense: Run) -> str:
 def _comparison(runs: Sequence[Run]) -> str:
     pair = twins(runs)
     if pair is None:
-        alone = next((run for run in runs if "mean" in run.final_bits_per_byte), None)
+        alone = next((run for run in runs if "mean" in run.last_bits_per_byte), None)
         if alone is None:
             return ""
-        value = alone.final_bits_per_byte["mean"]
-        return f"{one_line(alone.label)} needs {value:.3f} bits for a byte of held-out text; guessing needs 8."
-    sparse, dense = (run.final_bits_per_byte for run in pair)
+        value = alone.last_bits_per_byte["mean"]
+        return f"{one_line(alone.caption)}: {value:.3f} bits for a byte of held-out text; guessing needs 8."
+    sparse, dense = (run.last_bits_per_byte for run in pair)
     difference = 100 * (sparse["mean"] / dense["mean"] - 1)
     numbers = f"{sparse['mean']:.3f} against {dense['mean']:.3f} bits per byte, {abs(difference):.1f} % "
     terms = equal_terms(*pair)
@@ -133,7 +133,7 @@ def _drops(trace: RoutingTrace) -> str:
 
 
 def _label(trace: RoutingTrace, layer: int) -> str:
-    return layer_labels(trace.metadata.layer_names)[trace.metadata.layer_names[layer]]
+    return labels_of(trace)[layer]
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -48,7 +48,8 @@ MIXTRAL = Recipe(
     summary="two of eight SwiGLU experts, weights renormalised over the two; dropless",
     citation="Jiang et al. Mixtral of Experts. 2024. arXiv:2401.04088",
     build=mixtral_layer,
-    # Mistral published no training recipe. transformers' default coefficient is 0.001 on a loss that is K times ours
-    # at balance: 0.002 pulls as much. The released 8x7B configuration says 0.02, which would be 0.04 here.
+    # Mistral published no training recipe. The released 8x7B configuration has 0.02, for transformers' loss, which is K
+    # at balance and pools all L layers before it multiplies: one layer feels 0.02 * K / L = 0.00125.
+    # Ours is of that size.
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=2e-3),),
 )

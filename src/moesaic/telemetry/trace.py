@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from moesaic.core.errors import BackendError, CheckpointError, ConfigError
+from moesaic.core.files import cannot_write, replacing_file
 from moesaic.core.routing import Routing
 
 SCHEMA_VERSION = 1
@@ -195,22 +194,11 @@ class RoutingTrace:
         path = Path(path)
         metadata = {_METADATA_KEY: json.dumps(asdict(self.metadata)).encode()}
         table = pa.table({name: getattr(self, name) for name in _COLUMNS}).replace_schema_metadata(metadata)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with replacing_file(path) as file:
                 parquet.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
         except OSError as error:
-            raise CheckpointError(
-                f"The routing trace could not be written to {path}: {error.strerror or error}. "
-                "Free some space or give another path; what stood there before is untouched."
-            ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            raise cannot_write("routing trace", path, error) from error
         return path
 
     @classmethod
