@@ -55,6 +55,11 @@ BAD_ARGUMENTS = [
     (["--aux", "balance=0.5"], "aux_coefficients must name losses of recipe mixtral (switch), got balance."),
     (["--resume", "--overwrite"], "--resume goes on with a run and --overwrite deletes it, got both."),
     (["--preset", "nightly"], "preset must be one of demo, got 'nightly'."),
+    (
+        ["--recipe=switch", "--option", "capacity_factor=high"],
+        "option capacity_factor of recipe switch must be a finite",
+    ),
+    (["--aux", "switch=nan"], "The coefficient of balance loss switch must be a finite number of at least 0, got nan."),
     (["--lr=-1"], "lr must be a finite number above 0, got -1.0."),
 ]
 
@@ -79,11 +84,13 @@ FAILURES = [
     (["train", "--resume", "--out", "{tmp}", "--no-report"], "is not a run folder: it has no run.json."),
     (["inspect", "{tmp}"], "is not a run folder: it has no run.json."),
     (["generate", "{tmp}/absent"], "There is no folder"),
+    (["train", "--out", "{tmp}/file/x", "--no-report"], "Not a directory. Check the path, and who may read and write"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), FAILURES)
 def test_a_failure_ends_with_1_and_one_line(arguments, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
     assert run([argument.format(tmp=tmp_path) for argument in arguments]) == 1
     _, err = said(capsys)
     assert err.startswith("moesaic: ")
@@ -138,6 +145,11 @@ def test_inspect_writes_page_and_trace_and_prints_figures(finished, tmp_path, ca
     assert "Experts that got nothing:" in said(capsys)[0]
 
 
+def test_inspect_puts_page_and_trace_into_a_folder_that_is_named(finished, tmp_path, capsys):
+    assert run(["inspect", str(finished), "--out", str(tmp_path), "--tokens=200"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.parquet", "report-figures"}
+
+
 def test_inspecting_a_dense_model_is_refused(finished, capsys):
     assert run(["inspect", str(finished / "dense")]) == 2
     assert "has no MoE layers" in said(capsys)[1]
@@ -164,6 +176,21 @@ def test_generated_text_goes_on_from_the_prompt_and_repeats_with_its_seed(finish
 def test_text_beyond_the_trained_length_is_warned_of(finished, capsys):
     assert run(["generate", str(finished / "moe" / "model"), "--max-new-tokens=40", "--json"]) == 0
     assert said(capsys)[1] == "Note: the model was trained on 24 tokens at a time; text beyond them is worse.\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "way_out"),
+    [
+        ("four", "prompt and new tokens need 25. Shorten the prompt by 1 tokens, or lower --max-new-tokens to 19."),
+        ("x" * 30, "prompt and new tokens need 51. Shorten the prompt by 27 tokens."),
+    ],
+)
+def test_text_beyond_the_positions_of_a_model_is_refused_with_what_would_fit(prompt, way_out, text, tmp_path, capsys):
+    arguments = ["--data", str(text), "--out", str(tmp_path / "x"), "--backbone=gpt2", "--steps=1", "--no-report"]
+    assert run(["train", *arguments, *SIZES]) == 0
+    said(capsys)
+    assert run(["generate", str(tmp_path / "x"), "--prompt", prompt, "--max-new-tokens=20"]) == 2
+    assert said(capsys)[1] == f"moesaic: this model has 24 positions, {way_out}\n"
 
 
 def test_recipes_are_listed_and_shown(capsys):

@@ -341,7 +341,7 @@ def test_too_little_text_to_split_says_so(tmp_path: Path):
     path.write_text("Just a line.")
     assert message(path) == (
         f"{path}: needed at least 2 different documents or paragraphs of domain 'note' for a held-out split, "
-        "got 1 of 12 bytes. Add text, or set held_out=0."
+        "got 1 of 12 bytes. Add text; only load_corpus(held_out=0) takes it as it is."
     )
     assert len(load_corpus(path, held_out=0).train) == 1
 

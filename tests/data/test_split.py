@@ -88,7 +88,7 @@ def test_too_little_text_for_two_sides_names_the_domain_and_a_way_out():
         split_by_domain([Document("a few words", "poems")], held_out=0.05, seed=0, name="mine.txt")
     assert str(error.value) == (
         "mine.txt: needed at least 2 different documents or paragraphs of domain 'poems' for a held-out split, "
-        "got 1 of 11 bytes. Add text, or set held_out=0."
+        "got 1 of 11 bytes. Add text; only load_corpus(held_out=0) takes it as it is."
     )
 
 

@@ -129,7 +129,7 @@ def test_text_shorter_than_a_block_says_how_short():
         TokenBlocks([Document("text", "a"), Document("more", "b")], TOKENIZER, 256)
     assert str(error.value) == (
         "Needed at least 255 tokens to fill one block of 256, got 10 from 2 documents. "
-        "Give more text, or lower block_size."
+        "Give more text, or lower block_size (--context)."
     )
 
 
@@ -138,7 +138,7 @@ def test_no_documents_say_so():
         TokenBlocks([], TOKENIZER, 64)
     assert str(error.value) == (
         "Needed at least 63 tokens to fill one block of 64, got 0 from 0 documents. "
-        "Give more text, or lower block_size."
+        "Give more text, or lower block_size (--context)."
     )
 
 

@@ -1,6 +1,5 @@
 """The same gradient however the batch is cut, in a loop of one's own and in transformers' Trainer."""
 
-import inspect
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import LlamaForSequenceClassification, Trainer, TrainingArgume
 from moesaic.balance import z_loss
 from moesaic.hf import observe, sparsify
 from tests.hf.test_forward import sparse
-from tests.hf.tiny import OPTIONS, batch, build, gradients
+from tests.hf.tiny import CHECKPOINTING, OPTIONS, batch, build, gradients
 
 
 def uneven(family):
@@ -115,9 +114,7 @@ def test_trainer_takes_the_step_that_a_loop_would(family, checkpointing, tmp_pat
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     expected = {name: before[name] - gradient for name, gradient in gradients(model).items()}
     model.zero_grad()
-    renamed = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
-    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    args = arguments(tmp_path, gradient_accumulation_steps=2, **{name: checkpointing})
+    args = arguments(tmp_path, gradient_accumulation_steps=2, **{f"{CHECKPOINTING}_checkpointing": checkpointing})
     seen = []
     trainer = Trainer(model, args, train_dataset=Rows(parts))
     with observe(model, seen.append):

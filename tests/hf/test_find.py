@@ -159,6 +159,16 @@ def test_an_unknown_balance_loss_is_refused():
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), -0.5, "strong"])
+def test_a_coefficient_that_is_no_weight_for_a_loss_is_refused(value):
+    with pytest.raises(ConfigError) as error:
+        sparsify(build("llama"), "mixtral", aux_coefficients={"switch": value})
+    assert str(error.value) == (
+        f"The coefficient of balance loss switch must be a finite number of at least 0, got {value!r}. "
+        "0 turns the loss off."
+    )
+
+
 def test_an_option_that_json_cannot_hold_is_refused():
     with pytest.raises(ConfigError) as error:
         sparsify(build("llama"), "mixtral", activation=torch.relu)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from moesaic import ConfigError, recipes
 from moesaic.hf import balance, observe, sparsify
 from tests.hf.test_forward import padded, sparse
-from tests.hf.tiny import FAMILIES, OPTIONS, batch, build, gradients
+from tests.hf.tiny import FAMILIES, OPTIONS, batch, build, gradients, recompute, recompute_nothing, recomputes
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -33,8 +33,8 @@ def backward(model, *batches):
 def test_gradients_are_those_without_checkpointing(family, recipe):
     model, inputs = sparse(family, recipe).train(), a_batch(family)
     expected = backward(model, inputs)
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    recompute(model)
+    assert recomputes(model)
     seen = []
     with observe(model, seen.append):
         actual = backward(model, inputs)
@@ -46,7 +46,7 @@ def test_gradients_are_those_without_checkpointing(family, recipe):
 def test_a_recomputation_that_runs_to_its_end_counts_nothing_twice():
     model, inputs, seen = sparse("llama").train(), a_batch("llama"), []
     expected = backward(model, inputs)
-    model.activation_checkpointing_enable()
+    recompute(model)
     with set_checkpoint_early_stop(False), observe(model, seen.append), balance(model) as terms:
         actual = backward(model, inputs)
     torch.testing.assert_close(actual, expected, **EXACT)
@@ -58,7 +58,7 @@ def test_two_forwards_before_two_backwards_each_recompute_under_their_own_mask()
     model = sparse("llama", "switch").train()
     left, right = padded(batch("llama"), "left"), padded(batch("llama", positions=9), "right", 2)
     expected = backward(model, left, right)
-    model.activation_checkpointing_enable()
+    recompute(model)
     torch.testing.assert_close(backward(model, left, right), expected, **EXACT)
     assert torch.equal(backward(model, right, left)["lm_head.weight"], expected["lm_head.weight"])
 
@@ -68,7 +68,7 @@ def test_the_noise_of_a_router_is_the_same_when_recomputed():
     inputs = a_batch("llama")
     torch.manual_seed(1)
     expected = backward(model, inputs)
-    model.activation_checkpointing_enable()
+    recompute(model)
     torch.manual_seed(1)
     torch.testing.assert_close(backward(model, inputs), expected, **EXACT)
 
@@ -76,7 +76,7 @@ def test_the_noise_of_a_router_is_the_same_when_recomputed():
 def test_a_recomputed_forward_may_outlive_those_who_listened_to_it():
     model, inputs = sparse("llama").train(), a_batch("llama")
     expected = backward(model, inputs)
-    model.activation_checkpointing_enable()
+    recompute(model)
     model.zero_grad()
     with balance(model) as terms:
         loss = model(**inputs).loss
@@ -87,7 +87,7 @@ def test_a_recomputed_forward_may_outlive_those_who_listened_to_it():
 
 def test_balance_in_evaluation_and_checkpointing_go_together():
     model, inputs = sparse("llama"), a_batch("llama")
-    model.activation_checkpointing_enable()
+    recompute(model)
     with balance(model) as terms:
         model(**inputs)
     terms.total.backward()
@@ -96,16 +96,16 @@ def test_balance_in_evaluation_and_checkpointing_go_together():
 
 def test_checkpointing_that_was_on_before_sparsify_stays_on_and_keeps_the_mask():
     model, inputs = build("llama").train(), a_batch("llama")
-    model.activation_checkpointing_enable()
+    recompute(model)
     sparsify(model, "switch", **OPTIONS["switch"])
     actual = backward(model, inputs)
-    model.activation_checkpointing_disable()
+    recompute_nothing(model)
     torch.testing.assert_close(actual, backward(model, inputs), **EXACT)
 
 
 def test_a_forward_without_backward_leaves_nothing_behind():
     model, inputs = sparse("llama").train(), a_batch("llama")
-    model.activation_checkpointing_enable()
+    recompute(model)
     with balance(model):
         output = model(**inputs)
     # The balance losses hang on a graph that holds what it needs to recompute: that must not hold them.
@@ -125,14 +125,14 @@ def test_reentrant_checkpointing_is_refused():
     model = sparse("llama")
     for kwargs in ({"use_reentrant": True}, {}):
         with pytest.raises(ConfigError) as error:
-            model.activation_checkpointing_enable(kwargs)
+            recompute(model, kwargs)
         assert str(error.value) == REENTRANT
-    assert not model.is_activation_checkpointing
+    assert not recomputes(model)
 
 
 def test_reentrant_checkpointing_from_before_is_refused_and_the_model_is_untouched():
     model = build("llama")
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    recompute(model, {"use_reentrant": True})
     with pytest.raises(ConfigError) as error:
         sparsify(model, "mixtral", **OPTIONS["mixtral"])
     assert str(error.value) == REENTRANT

@@ -64,6 +64,25 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
     return ViTForImageClassification(ViTConfig(**sizes | image | dropout | changes)).eval()
 
 
+# What was gradient checkpointing is activation checkpointing in newer versions of transformers, which warn of the old.
+CHECKPOINTING = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+
+
+def recompute(model: PreTrainedModel, kwargs: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on, under the name that this transformers has for it."""
+    getattr(model, f"{CHECKPOINTING}_checkpointing_enable")(kwargs)
+
+
+def recompute_nothing(model: PreTrainedModel) -> None:
+    """Turn activation checkpointing off."""
+    getattr(model, f"{CHECKPOINTING}_checkpointing_disable")()
+
+
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether activation checkpointing is on."""
+    return bool(getattr(model, f"is_{CHECKPOINTING}_checkpointing"))
+
+
 def batch(family: str, *, sequences: int = 3, positions: int = 7) -> dict[str, Tensor]:
     """Random inputs with labels, without padding."""
     if family == "vit":

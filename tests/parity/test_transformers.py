@@ -185,8 +185,13 @@ def test_switch_agrees_with_transformers_in_probabilities_dropped_tokens_and_out
         x_TD = torch.randn(num_tokens, D)
         y_TD, routing = ours(x_TD)
         router: SwitchTransformersTop1Router = theirs.router
-        kept_BPE, weight_BP1, logits_BPE = router(x_TD[None])
-        _assert_within_1e_5(routing.logits_TE, logits_BPE[0], "logits")
+        # Which of its answers comes first, and whether one of them is logits at all, depends on the version.
+        answers = router(x_TD[None])
+        kept_BPE = next(answer for answer in answers if not answer.is_floating_point())
+        if kept_BPE.ndim == 4:
+            pytest.skip("this transformers (such as 5.17) counts a capacity over an axis of 1, and so drops nothing")
+        weight_BP1 = next(answer for answer in answers if answer.is_floating_point() and answer.shape[-1] == 1)
+        _assert_within_1e_5(routing.logits_TE, router.classifier(x_TD), "logits")
         _assert_within_1e_5(routing.weight_N, weight_BP1.flatten(), "weights")
         assert routing.kept_N.tolist() == kept_BPE.sum(dim=-1).bool().flatten().tolist()
         _assert_within_1e_5(y_TD, theirs(x_TD[None])[0], "outputs")

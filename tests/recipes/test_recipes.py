@@ -54,6 +54,27 @@ def test_the_width_of_fresh_weights_can_be_set(name, std):
         assert float(parameter.detach().std()) == pytest.approx(std, rel=0.12), parameter_name
 
 
+NO_NUMBERS = [
+    ("switch", "capacity_factor", "high", "a finite number", "1.25"),
+    ("switch", "capacity_factor", None, "a finite number", "1.25"),
+    ("switch", "eval_capacity_factor", float("nan"), "a finite number", "2.0"),
+    ("switch", "min_capacity", 2.5, "a whole number", "4"),
+    ("mixtral", "init_std", [0.1], "a finite number", "None"),
+    ("deepseek-v3", "num_shared", True, "a whole number", "1"),
+    ("deepseek-v3", "scale", float("inf"), "a finite number", "2.5"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "option", "value", "needed", "published"), NO_NUMBERS)
+def test_an_option_that_is_no_number_is_refused_by_name(recipe, option, value, needed, published):
+    with pytest.raises(ConfigError) as error:
+        recipes.get(recipe).layer(8, hidden=6, num_experts=4, top_k=1, **{option: value})
+    assert str(error.value) == (
+        f"option {option} of recipe {recipe} must be {needed}, got {value!r}. "
+        f"Leave it out for the published {published}."
+    )
+
+
 @every_recipe
 def test_every_option_is_used(name):
     """Trap 24: an option that changes nothing is a lie."""

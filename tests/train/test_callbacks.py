@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from moesaic import hf
+from moesaic import ConfigError, hf
 from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
-from moesaic.train import BalanceCallback, HistoryCallback, InterruptCallback, ProgressCallback, history
+from moesaic.train import BalanceCallback, HistoryCallback, InterruptCallback, MoeTrainer, ProgressCallback, history
 from moesaic.train.build import build_model
 from moesaic.train.order import collate
 from moesaic.train.progress import figures
+from tests.hf.tiny import CHECKPOINTING
 
 
 @pytest.fixture
@@ -62,7 +63,8 @@ def test_controllers_step_once_per_optimizer_step_on_the_load_of_all_micro_batch
 
 
 def test_gradient_checkpointing_counts_nothing_twice(plain):
-    first, second = plain([BalanceCallback()]), plain([BalanceCallback()], activation_checkpointing=True)
+    checkpointed = {f"{CHECKPOINTING}_checkpointing": True}
+    first, second = plain([BalanceCallback()]), plain([BalanceCallback()], **checkpointed)
     first.train()
     second.train()
     left, right = biases(first.model), biases(second.model)
@@ -83,6 +85,50 @@ def test_a_model_without_controllers_or_without_experts_is_left_alone(plain, tin
     trainer.model = build_model("dense", tiny(), load_tokenizer("bytes"))
     trainer.model_wrapped = trainer.model
     trainer.train()
+
+
+LOST_TO_SMOOTHING = (
+    "the balance losses of this model (switch) need label_smoothing_factor=0, got 0.2: with it the Trainer works out a "
+    "loss from the logits, and they would reach no router. Leave smoothing out, or smooth in a compute_loss_func that "
+    "adds output.aux_loss."
+)
+
+
+def test_label_smoothing_that_would_leave_the_balance_losses_out_is_refused_before_the_first_step(plain):
+    trainer = plain([BalanceCallback()], recipe="mixtral", label_smoothing_factor=0.2)
+    with pytest.raises(ConfigError) as error:
+        trainer.train()
+    assert str(error.value) == LOST_TO_SMOOTHING
+    assert trainer.state.global_step == 0
+    with pytest.raises(ConfigError) as error:
+        MoeTrainer(model=trainer.model, args=trainer.args)
+    assert str(error.value) == LOST_TO_SMOOTHING
+
+
+def test_label_smoothing_goes_with_a_model_that_has_no_balance_losses(plain, tiny):
+    trainer = plain([BalanceCallback()], recipe="mixtral", label_smoothing_factor=0.2, max_steps=1)
+    dense = build_model("dense", tiny(), load_tokenizer("bytes"))
+    off = build_model("moe", tiny(recipe="mixtral", aux_coefficients={"switch": 0.0}), load_tokenizer("bytes"))
+    for model in (dense, off):
+        trainer.model = trainer.model_wrapped = model
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+
+def test_a_loss_of_ones_own_that_adds_aux_loss_pulls_on_the_routers(plain):
+    pulls = []
+    for with_balance in (False, True):
+        trainer = plain([BalanceCallback()], recipe="mixtral", gradient_accumulation_steps=1, max_steps=1)
+
+        def loss(output, labels, num_items_in_batch, with_balance=with_balance):
+            return 0 * output.logits.sum() + (output.aux_loss if with_balance else 0)
+
+        trainer.compute_loss_func = loss
+        before = [layer.router.weight.clone() for layer in hf.moe_layers(trainer.model).values()]
+        trainer.train()
+        after = [layer.router.weight for layer in hf.moe_layers(trainer.model).values()]
+        pulls.append([not torch.equal(left, right) for left, right in zip(before, after, strict=True)])
+    assert pulls == [[False, False], [True, True]]
 
 
 def test_the_history_of_a_plain_trainer_has_the_figures_of_each_layer(plain, tmp_path):

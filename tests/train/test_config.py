@@ -28,6 +28,11 @@ WRONG = [
         "warmup must be shorter than steps=7, got 9. Lower warmup, or train longer.",
     ),
     (
+        {"num_experts": 4, "options": {"num_experts": 6}},
+        "num_experts is a setting of its own and must not be among the options, got options with num_experts=6. "
+        "Pass num_experts (--num-experts) instead.",
+    ),
+    (
         {"num_experts": 3, "top_k": 5},
         "top_k must be between 1 and num_experts=3, got 5. Lower top_k, or add experts.",
     ),
@@ -51,6 +56,7 @@ def test_an_unknown_recipe_and_an_unknown_option_are_refused():
 def test_settings_that_were_left_open_are_worked_out():
     config = TrainConfig(out=Path("x"), width=192, steps=100)
     assert (config.heads, config.hidden, config.warmup, config.eval_every, config.save_every) == (6, 384, 5, 10, 20)
+    assert config.eval_tokens == 16384
     assert config.init_std == pytest.approx(0.04)
     assert TrainConfig(out=Path("x"), width=2048).init_std == 0.02
 

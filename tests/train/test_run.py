@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from moesaic.core.errors import CheckpointError, ConfigError, DataError
+from moesaic.data import load_tokenizer
 from moesaic.train import folder, history, load_trained, train
+from moesaic.train.build import build_model
 
 
 def test_a_run_folder_holds_what_the_format_says(tiny):
@@ -137,6 +139,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         ("[]", "cannot be read: it is not a JSON object"),
         ('{"format_version": 7}', "is of format 7, this version of Moesaic reads format 1. Use the version that"),
         ('{"format_version": 1}', "lacks 'kind'. Start the run anew with --overwrite."),
+        (
+            '{"format_version": 1, "kind": "moe", "settings": {"steps": -3}, "data": {"fingerprint": ""}}',
+            "has settings that cannot be: steps must be at least 1, got -3. Raise steps. Put back the file that "
+            "training wrote, or start the run anew with --overwrite.",
+        ),
+        (
+            '{"format_version": 1, "kind": "moe", "settings": {"options": 5}, "data": {"fingerprint": ""}}',
+            "has settings that cannot be: ",
+        ),
     ],
 )
 def test_a_damaged_run_json_is_named(tmp_path, text, message):
@@ -195,6 +206,26 @@ def test_a_corrupted_or_foreign_model_is_refused(tiny, tmp_path):
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "no-such-thing"}')
     with pytest.raises(CheckpointError, match=r"^.*foreign does not hold a readable model"):
         load_trained(tmp_path / "foreign")
+
+
+def test_a_config_json_that_was_edited_is_named(tiny, tmp_path):
+    build_model("moe", tiny(), load_tokenizer("bytes")).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"top_k": 2', '"top_k": 99'))
+    with pytest.raises(CheckpointError) as error:
+        load_trained(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/config.json asks for a model that cannot be: top_k must be between 1 and num_experts=4, got 99. "
+        "Lower top_k, or add experts. Go back to a checkpoint, or copy the folder again from where it was saved."
+    )
+
+
+def test_a_model_folder_without_a_tokenizer_is_told_from_one_without_a_model(tiny, tmp_path):
+    build_model("dense", tiny(), load_tokenizer("bytes")).save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError) as error:
+        load_trained(tmp_path / "bare")
+    assert str(error.value).startswith(f"{tmp_path}/bare holds a model but no readable tokenizer (")
+    assert str(error.value).endswith("Save the one that it was trained with beside it, with tokenizer.save_pretrained.")
 
 
 def test_bfloat16_trains_with_float32_weights(tiny):

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if the command failed; 2 if its arguments were bad. Errors of ours are one line on standard error.
     """
-    from moesaic.core.errors import ConfigError, MoesaicError
+    from moesaic.core.errors import ConfigError, MoesaicError, StoppedElsewhereError
 
     try:
         app(args=None if arguments is None else list(arguments), prog_name="moesaic")
@@ -58,6 +58,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except ConfigError as error:
         return _fail(str(error), 2)
+    except StoppedElsewhereError:
+        # The rank that stopped first says why, once.
+        return 1
     except MoesaicError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
@@ -65,8 +68,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # A folder that may not be written, a name too long: the system's own words are clear.
-        return _fail(str(error), 1)
+        # A folder that may not be written, a name too long: the system's own words say which.
+        if error.filename is None:
+            return _fail(str(error), 1)
+        return _fail(f"{error.filename}: {error.strerror}. Check the path, and who may read and write there.", 1)
     except KeyboardInterrupt:
         return _fail("Stopped.", 1)
     return 0

@@ -61,9 +61,11 @@ def _encode(trained: Trained, prompt: str, max_new_tokens: int) -> list[int]:
     wanted = len(input_ids) + max_new_tokens
     is_absolute = hasattr(config, "n_positions")
     if is_absolute and wanted > longest:
+        left = longest - len(input_ids)
         raise ConfigError(
             f"this model has {longest} positions, prompt and new tokens need {wanted}. "
-            f"Shorten the prompt, or lower --max-new-tokens to {max(1, longest - len(input_ids))}."
+            f"Shorten the prompt by {wanted - longest} tokens"
+            + (f", or lower --max-new-tokens to {left}." if left > 0 else ".")
         )
     if longest and wanted > longest:
         typer.echo(f"Note: the model was trained on {longest} tokens at a time; text beyond them is worse.", err=True)

@@ -24,7 +24,8 @@ def write_report(path: Path, *, data: str | None, html: Path, tokens: int = TOKE
     Args:
         path: run folder, or model folder.
         data: the text; None for the run's own.
-        html: the page to write; the trace goes beside it, with the ending ``.parquet``.
+        html: the page to write, or a folder, which gets ``report.html``; the trace goes beside the page, with the
+            ending ``.parquet``.
         tokens: held-out tokens of each domain to read, at most.
     Returns:
         The headline figures.
@@ -39,9 +40,9 @@ def write_report(path: Path, *, data: str | None, html: Path, tokens: int = TOKE
     trained = load_trained(path)
     trace = _trace(trained, _held_out(trained, data), tokens)
     html.parent.mkdir(parents=True, exist_ok=True)
-    trace.save(html.with_suffix(".parquet"))
     page = report(trace, html, runs=_runs(trained), title=f"What the experts of {path} do")
-    return {**headline(trace), "report": str(page), "trace": str(html.with_suffix(".parquet"))}
+    trace.save(page.with_suffix(".parquet"))
+    return {**headline(trace), "report": str(page), "trace": str(page.with_suffix(".parquet"))}
 
 
 def headline(trace: RoutingTrace) -> dict[str, Any]:

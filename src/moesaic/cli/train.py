@@ -52,7 +52,7 @@ def train(
     dtype: Annotated[str | None, _option(_TRAINING, "auto, float32 or bfloat16. [default: auto]")] = None,
     seed: Annotated[int | None, _option(_TRAINING, "Of weights, noise and order. [default: 0]")] = None,
     eval_every: Annotated[int | None, _option(_RUN, "Steps between evaluations. [default: steps / 10]")] = None,
-    eval_tokens: Annotated[int | None, _option(_RUN, "Held-out tokens that those read. [default: all]")] = None,
+    eval_tokens: Annotated[int | None, _option(_RUN, "Tokens by domain in each but the last. [default: 16384]")] = None,
     save_every: Annotated[int | None, _option(_RUN, "Steps between checkpoints. [default: steps / 5]")] = None,
     log_every: Annotated[int | None, _option(_RUN, "Steps between lines of history.jsonl. [default: 10]")] = None,
     keep: Annotated[int | None, _option(_RUN, "Checkpoints to keep. [default: 2]")] = None,
@@ -69,12 +69,8 @@ def train(
     if report:
         needs_for_report()
     summary = _train(out, _settings(context.params), preset=preset, resume=resume, overwrite=overwrite)
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
-        table.show_summary(summary)
-    if report and "moe" in summary:
-        _report(out, quiet=as_json)
+    if _is_first():
+        _show(summary, out, report=report, as_json=as_json)
 
 
 _COMMANDS = ("out", "option", "aux", "context_", "preset", "resume", "overwrite", "report", "as_json")
@@ -107,6 +103,22 @@ def _train(
         return training.resume(out, changes=settings, show=True)
     config = training.TrainConfig.from_settings(settings, out)
     return training.train(config, overwrite=overwrite, show=True)
+
+
+def _is_first() -> bool:
+    """Tell whether this process shows the figures: under ``torchrun`` one of several does."""
+    from moesaic.train import ranks
+
+    return ranks.is_first()
+
+
+def _show(summary: dict[str, dict[str, Any]], out: Path, *, report: bool, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        table.show_summary(summary)
+    if report and "moe" in summary:
+        _report(out, quiet=as_json)
 
 
 def _report(out: Path, *, quiet: bool) -> None:

@@ -28,11 +28,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
     Args:
         documents: what to pack; each domain keeps its documents' order.
         tokenizer: with begin-of-text, end-of-text and padding tokens.
-        block_size: L, tokens per block, the first included; at least 2.
+        block_size: P, tokens per block, the first included; at least 2.
         domains: names by index; by default those of the documents, sorted. Give the corpus's so that several data
             sets count alike.
     Shape:
-        A block is `input_ids`, `attention_mask` and `labels` of `(L,)` and a scalar `domain`, all int64. Labels are
+        A block is `input_ids`, `attention_mask` and `labels` of `(P,)` and a scalar `domain`, all int64. Labels are
         the inputs (the model shifts them), -100 on padding.
     Raises:
         ConfigError: if `block_size` is below 2, the tokenizer lacks a token, or `domains` lacks a domain.
@@ -68,7 +68,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         if self.num_tokens < block_size - 1:
             raise DataError(
                 f"Needed at least {block_size - 1} tokens to fill one block of {block_size}, got {self.num_tokens} "
-                f"from {len(documents)} documents. Give more text, or lower block_size."
+                f"from {len(documents)} documents. Give more text, or lower block_size (--context)."
             )
         self._tokens = np.concatenate(streams)
         self._start_B, self._end_B, self.domain_B = self._cut([len(stream) for stream in streams])

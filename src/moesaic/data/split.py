@@ -92,7 +92,7 @@ def split_by_domain(
         if not train or not aside:
             raise DataError(
                 f"{name}: needed at least 2 different documents or paragraphs of domain {domain!r} for a held-out "
-                f"split, got 1 of {total} bytes. Add text, or set held_out=0."
+                f"split, got 1 of {total} bytes. Add text; only load_corpus(held_out=0) takes it as it is."
             )
         sides[0].extend(train)
         sides[1].extend(aside)

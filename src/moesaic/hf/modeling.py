@@ -131,8 +131,9 @@ def install(model: PreTrainedModel, spec: SparseSpec, **unsaved: Any) -> None:
 def _open_frames_in(model: PreTrainedModel) -> None:
     if any(isinstance(part, SparseBlock) for part in model.modules()):
         model.__class__ = sparse_class(type(model))
-        # transformers keeps what it can record of a model (hidden states, attentions) under its class's name.
-        _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+        # transformers keeps what it can record of a model (hidden states, attentions) under its class's name: in a
+        # plain dict in older versions (5.17), in one that is set by model in newer ones (5.23).
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
 
 
 def _in_place_of(dense: nn.Module, block: SparseBlock) -> SparseBlock:

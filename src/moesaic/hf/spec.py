@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -53,6 +54,12 @@ class SparseSpec:
                 f"aux_coefficients must name losses of recipe {self.recipe} ({', '.join(terms) or 'it has none'}), "
                 f"got {', '.join(unknown)}. Leave out what the recipe does not have."
             )
+        for name, value in self.aux_coefficients.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(
+                    f"The coefficient of balance loss {name} must be a finite number of at least 0, got {value!r}. "
+                    "0 turns the loss off."
+                )
         for path, layer in self.layers.items():
             for name, value in layer.options.items():
                 if not isinstance(value, str | int | float | None):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from moesaic.balance import BalanceTerm
 from moesaic.core.errors import ConfigError
@@ -51,7 +52,7 @@ class Recipe:
             top_k: experts per token; None for the published number.
             **options: anything in :attr:`options`.
         Raises:
-            ConfigError: if a number is out of range or an option is unknown.
+            ConfigError: if a number is out of range or no number, or an option is unknown.
         """
         if num_experts is not None:
             options["num_experts"] = num_experts
@@ -71,7 +72,23 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be a whole number of at least 1, got {value!r}. Give a positive {name}."
                 )
+        self._check_numbers(options)
         return self.build(width, hidden=hidden, **options)
+
+    def _check_numbers(self, options: dict[str, Any]) -> None:
+        """Refuse what is no number where one is needed, as ``--option capacity_factor=high`` or a NaN."""
+        hints = get_type_hints(self.build)
+        for name, value in options.items():
+            kinds = get_args(hints[name]) or (hints[name],)
+            if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
+                continue
+            needed = "a finite number" if float in kinds else "a whole number"
+            fits = isinstance(value, (int, float) if float in kinds else int) and not isinstance(value, bool)
+            if not fits or not math.isfinite(value):
+                raise ConfigError(
+                    f"option {name} of recipe {self.name} must be {needed}, got {value!r}. "
+                    f"Leave it out for the published {self.options[name]}."
+                )
 
 
 def drawn(init_std: float | None, published: Init) -> Init:

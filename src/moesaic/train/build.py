@@ -49,6 +49,8 @@ def training_arguments(config: TrainConfig, output: Path) -> TrainingArguments:
         dataloader_num_workers=0,
         dataloader_pin_memory=on_cuda,
         remove_unused_columns=False,
+        # Experts without rows have gradients of 0, not none: there is nothing to search for.
+        ddp_find_unused_parameters=False,
     )
     # More GPUs are used through torchrun, one process each; nn.DataParallel would copy the routers every step.
     args._n_gpu = min(1, args.n_gpu)

@@ -58,8 +58,8 @@ class TrainConfig:
         seed: of weights, noise and the order of the data.
         twin: train the dense twin too.
         eval_every: steps between evaluations; by default a tenth of ``steps``.
-        eval_tokens: held-out tokens of each domain that an evaluation during training reads; all of them by
-            default. The last evaluation always reads all.
+        eval_tokens: held-out tokens of each domain that an evaluation during training reads, evenly spread; by
+            default 16384, so that a short run is not mostly evaluation. The last evaluation always reads all.
         save_every: steps between checkpoints; by default a fifth of ``steps``.
         log_every: steps between lines of ``history.jsonl``.
         keep: checkpoints to keep.
@@ -109,6 +109,7 @@ class TrainConfig:
         _default(self, "init_std", 0.02 * max(1.0, math.sqrt(768 / self.width)))
         _default(self, "warmup", self.steps // 20)
         _default(self, "eval_every", max(1, self.steps // 10))
+        _default(self, "eval_tokens", 16384)
         _default(self, "save_every", max(1, self.steps // 5))
         self._check_layer()
         if self.warmup is not None and self.warmup >= self.steps:
@@ -148,6 +149,12 @@ class TrainConfig:
         """Build one layer without memory, so that a recipe's own refusals come before any file is touched."""
         from moesaic import recipes
 
+        for name in ("num_experts", "top_k"):
+            if name in self.options:
+                raise ConfigError(
+                    f"{name} is a setting of its own and must not be among the options, got options with {name}="
+                    f"{self.options[name]!r}. Pass {name} (--{name.replace('_', '-')}) instead."
+                )
         options: dict[str, Any] = {"num_experts": self.num_experts, "top_k": self.top_k, **self.options}
         recipe = recipes.get(self.recipe)
         with torch.device("meta"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.core.errors import DataError
+from moesaic.train import ranks
 from moesaic.train.meter import RoutingMeter
 from moesaic.train.order import collate
 
@@ -91,8 +92,7 @@ class Evaluator:
         """Evaluate; the model is left in the mode it came in."""
         device = next(model.parameters()).device
         totals = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=device)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = self._chosen[rank::world]
+        mine = self._chosen[ranks.own() :: ranks.count()]
         was_training = model.training
         model.eval()
         try:
@@ -104,7 +104,7 @@ class Evaluator:
                 load_max_over_mean, drop_rate = meter.means()
         finally:
             model.train(was_training)
-        if world > 1:
+        if ranks.count() > 1:
             dist.all_reduce(totals)
         return Evaluation(
             bits_per_byte=self._per_byte(totals.tolist()), load_max_over_mean=load_max_over_mean, drop_rate=drop_rate

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.core.errors import MoesaicError
+from moesaic.train import ranks
 from moesaic.train.checkpoint import describe_last
 
 
@@ -66,12 +67,19 @@ class FiniteGuard(TrainerCallback):
         assert model is not None
         step = state.global_step + 1
         losses = torch.stack(self._losses) if self._losses else torch.zeros(0)
-        if not bool(losses.isfinite().all()):
-            bad = int((~losses.isfinite()).nonzero()[0])
-            self._stop(f"The loss of step {step} is {losses[bad].item()}", model, self._batches[bad], args)
+        bad_losses = (~losses.isfinite()).nonzero().flatten().tolist()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if gradients and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
-            self._stop(f"A gradient of step {step} is not finite", model, None, args)
+        is_bad_gradient = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        if not ranks.any_of(bool(bad_losses) or is_bad_gradient, args.device):
+            return
+        # One rank's bad loss is in every rank's gradient: the rank that has it knows more.
+        has_bad_loss = ranks.any_of(bool(bad_losses), args.device)
+        with ranks.together():
+            if bad_losses:
+                first = bad_losses[0]
+                self._stop(f"The loss of step {step} is {losses[first].item()}", model, self._batches[first], args)
+            if not has_bad_loss:
+                self._stop(f"A gradient of step {step} is not finite", model, None, args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

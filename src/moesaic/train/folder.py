@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.train import ranks
 from moesaic.train.checkpoint import write_atomically
 from moesaic.train.config import FREE_TO_CHANGE, TrainConfig
 
@@ -29,12 +31,14 @@ class Run:
         kind: ``moe``, ``dense`` (a twin), or ``pair``: a folder with one run of each.
         config: what it was started with.
         fingerprint: of the data.
+        num_ranks: processes that train it together.
     """
 
     folder: Path
     kind: str
     config: TrainConfig
     fingerprint: str
+    num_ranks: int = 1
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -70,10 +74,18 @@ def create(folder: Path, *, kind: str, config: TrainConfig, fingerprint: str) ->
         "kind": kind,
         "settings": config.settings(),
         "data": {"source": config.settings()["data"], "fingerprint": fingerprint},
+        "ranks": ranks.count(),
         "versions": versions,
     }
     write_atomically(folder / RUN, json.dumps(record, indent=1) + "\n")
-    return Run(folder=folder, kind=kind, config=config, fingerprint=fingerprint)
+    return Run(folder=folder, kind=kind, config=config, fingerprint=fingerprint, num_ranks=ranks.count())
+
+
+def how_to_go_on(folder: Path, num_ranks: int | None = None) -> str:
+    """Give the command that is enough to go on with a run; ``num_ranks`` is by default as many as train now."""
+    num_ranks = num_ranks or ranks.count()
+    command = "moesaic" if num_ranks == 1 else f"torchrun --nproc-per-node {num_ranks} -m moesaic"
+    return f"{command} train --resume --out {shlex.quote(str(folder))}"
 
 
 def check(folder: Path, *, overwrite: bool) -> None:
@@ -130,8 +142,28 @@ def read(folder: Path) -> Run:
         raise CheckpointError(f"{folder / RUN} lacks {error}. Start the run anew with --overwrite.") from error
     if kind not in KINDS:
         raise CheckpointError(f"{folder / RUN} is of kind {kind!r}, needed one of {', '.join(KINDS)}.")
-    config = TrainConfig.from_settings(settings, folder)
-    return Run(folder=folder, kind=kind, config=config, fingerprint=fingerprint)
+    try:
+        config = TrainConfig.from_settings(settings, folder)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / RUN} has settings that cannot be: {str(error).rstrip('.')}. Put back the file that training "
+            "wrote, or start the run anew with --overwrite."
+        ) from error
+    num_ranks = record.get("ranks", 1)
+    return Run(folder=folder, kind=kind, config=config, fingerprint=fingerprint, num_ranks=num_ranks)
+
+
+def check_ranks(run: Run) -> None:
+    """See that as many processes go on with a run as started it.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if run.num_ranks != ranks.count():
+        raise ConfigError(
+            f"the run in {run.folder} was started with processes={run.num_ranks}, resuming asked for processes="
+            f"{ranks.count()}, which would give another model. Go on with: {how_to_go_on(run.folder, run.num_ranks)}"
+        )
 
 
 def changed(run: Run, changes: Mapping[str, Any]) -> TrainConfig:

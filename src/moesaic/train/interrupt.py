@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.core.errors import MoesaicError
+from moesaic.train import ranks
 
 
 class TrainingStoppedError(MoesaicError):
@@ -40,6 +41,8 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal has come."""
+        # A signal reaches ranks at different steps; they stop at the same one.
+        self.requested = ranks.any_of(self.requested, args.device)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.core.errors import CheckpointError, MoesaicError
+from moesaic.core.errors import CheckpointError, ConfigError, MoesaicError
 from moesaic.train import checkpoint, folder
 from moesaic.train.quiet import quiet_transformers
 
@@ -69,7 +69,7 @@ def _model_of(run: folder.Run) -> Path:
         damaged = f" ({'; '.join(good.skipped)})" if good.skipped else ""
         raise CheckpointError(
             f"The run in {run.folder} has no model yet: it saved no whole checkpoint{damaged}. "
-            f"Go on with: moesaic train --resume --out {run.folder}"
+            f"Go on with: {folder.how_to_go_on(run.folder, run.num_ranks)}"
         )
     return good.path
 
@@ -83,13 +83,24 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
         model, info = load(str(path), local_files_only=True, use_safetensors=True, output_loading_info=True)
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path}/config.json asks for a model that cannot be: {str(error).rstrip('.')}. Go back to a checkpoint, "
+            "or copy the folder again from where it was saved."
+        ) from error
     except MoesaicError:
         raise
-    except Exception as error:  # transformers, safetensors and tokenizers each raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # transformers and safetensors raise what they like
         raise CheckpointError(
-            f"{path} does not hold a readable model ({reason}). Go back to a checkpoint, or copy the folder again."
+            f"{path} does not hold a readable model ({_reason(error)}). Go back to a checkpoint, or copy the folder "
+            "again."
+        ) from error
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} holds a model but no readable tokenizer ({_reason(error)}). Save the one that it was trained "
+            "with beside it, with tokenizer.save_pretrained."
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
@@ -99,3 +110,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
                 f"{len(info[what])} tensors, the first {first}. Copy the folder again from where it was saved."
             )
     return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

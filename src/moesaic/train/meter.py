@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from moesaic.train import ranks
 
 if TYPE_CHECKING:
     from moesaic.hf import BalanceTerms, Seen
     from moesaic.telemetry.summary import RoutingSummary
 
 _COUNTS = ("load_E", "num_tokens", "num_dropped", "entropy_sum")
+Counts: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 class RoutingMeter:
@@ -31,7 +34,7 @@ class RoutingMeter:
         self.training = training
         self._summaries: dict[str, RoutingSummary] = {}
         self._balance: BalanceTerms | None = None
-        self._aux: dict[str, float] = {}
+        self._aux: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def open(self) -> None:
@@ -47,7 +50,7 @@ class RoutingMeter:
         """Stop looking; what was seen can still be read."""
         self._stack.close()
         if self._balance is not None:
-            self._aux = {name: _mean_over_ranks(value) for name, value in self._balance.means.items()}
+            self._aux = dict(self._balance.means)
             # It holds the step's graph.
             self._balance = None
 
@@ -61,12 +64,16 @@ class RoutingMeter:
         self.close()
 
     def read(self) -> dict[str, Any]:
-        """Give the figures of ``history.jsonl``, by layer; empty without MoE layers."""
-        summaries = {layer: _over_ranks(summary) for layer, summary in self._summaries.items()}
+        """Give the figures of ``history.jsonl``, by layer, over all ranks; empty without MoE layers.
+
+        All ranks call it at the same point, those too that saw nothing.
+        """
+        everyone = ranks.gathered((_counts(self._summaries), {name: float(aux) for name, aux in self._aux.items()}))
+        summaries = _added_up([counts for counts, _ in everyone])
         if not summaries:
             return {}
         return {
-            "aux": self._aux,
+            "aux": _means([aux for _, aux in everyone]),
             "load_max_over_mean": {layer: summary.load_max_over_mean for layer, summary in summaries.items()},
             "load": {layer: _shares(summary.load_E) for layer, summary in summaries.items()},
             "drop_rate": {layer: summary.drop_rate for layer, summary in summaries.items()},
@@ -91,21 +98,24 @@ class RoutingMeter:
         self._summaries[seen.layer] = new if old is None else old + new
 
 
-def _over_ranks(summary: RoutingSummary) -> RoutingSummary:
-    if not dist.is_initialized():
-        return summary
-    totals = {name: getattr(summary, name).clone() for name in _COUNTS}
-    for total in totals.values():
-        dist.all_reduce(total)
-    return replace(summary, **totals)
+def _counts(summaries: Mapping[str, RoutingSummary]) -> Counts:
+    return {layer: {name: getattr(summary, name).cpu() for name in _COUNTS} for layer, summary in summaries.items()}
 
 
-def _mean_over_ranks(value: Tensor) -> float:
-    total = value.detach().double().clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
-    return float(total)
+def _added_up(everyone: Sequence[Counts]) -> dict[str, RoutingSummary]:
+    from moesaic.telemetry.summary import RoutingSummary
+
+    totals: dict[str, RoutingSummary] = {}
+    for counts in everyone:
+        for layer, values in counts.items():
+            summary = RoutingSummary(**values)
+            totals[layer] = totals[layer] + summary if layer in totals else summary
+    return totals
+
+
+def _means(everyone: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for values in everyone for name in values)
+    return {name: fmean(values[name] for values in everyone if name in values) for name in names}
 
 
 def _shares(load_E: Tensor) -> list[float]:

@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
-from moesaic.core.errors import CheckpointError
-from moesaic.train import checkpoint, folder
+from moesaic.core.errors import CheckpointError, StoppedElsewhereError
+from moesaic.train import checkpoint, folder, ranks
 from moesaic.train.build import check_models
 from moesaic.train.config import TrainConfig
 from moesaic.train.material import Material
 from moesaic.train.quiet import quiet_transformers
-from moesaic.train.session import Session, Summary, how_to_go_on
+from moesaic.train.session import Session, Summary
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -> Summary:
-    """Train from the beginning.
+    """Train from the beginning; under ``torchrun``, with all its processes.
 
     Args:
         config: what to train.
@@ -35,18 +35,33 @@ def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -
         CheckpointError: if the disk is full.
         TrainingStoppedError: if a signal asked to stop; everything is saved.
         NotFiniteError: if a loss is NaN or infinite.
+        StoppedElsewhereError: on the other ranks, if one of them raises one of the above.
     """
+    ranks.join()
+    material: Material | None = None
+    with _disk_full_explained(config.out):
+        with ranks.together():
+            if ranks.is_first():
+                material = _begin(config, overwrite=overwrite)
+        run = folder.read(config.out)
+        with ranks.together():
+            if material is None:
+                material = Material.load(config, tokenizer=run.tokenizer, fingerprint=run.fingerprint)
+        return _go_on(run, material, _console(show))
+
+
+def _begin(config: TrainConfig, *, overwrite: bool) -> Material:
+    """Make the run folder, with the tokenizer in it."""
     folder.check(config.out, overwrite=overwrite)
     # Everything that can be refused is refused before the first file is written or deleted.
     material = Material.load(config)
     check_models(config, material.tokenizer)
     folder.clear(config.out)
     kind = "pair" if config.twin else "moe"
-    with _disk_full_explained(config.out):
-        run = folder.create(config.out, kind=kind, config=config, fingerprint=material.fingerprint)
-        with checkpoint.replacing(run.folder / folder.TOKENIZER) as partial:
-            material.tokenizer.save_pretrained(partial)
-        return _go_on(run, material, _console(show))
+    run = folder.create(config.out, kind=kind, config=config, fingerprint=material.fingerprint)
+    with checkpoint.replacing(run.folder / folder.TOKENIZER) as partial:
+        material.tokenizer.save_pretrained(partial)
+    return material
 
 
 def resume(out: Path, *, changes: Mapping[str, Any] | None = None, show: bool = False) -> Summary:
@@ -58,15 +73,20 @@ def resume(out: Path, *, changes: Mapping[str, Any] | None = None, show: bool = 
         show: draw progress on standard error.
     Raises:
         CheckpointError: if the folder is not a run.
-        ConfigError: if a setting would change the result, or the data are no longer the same.
+        ConfigError: if a setting or the number of processes would change the result, or the data have changed.
+        StoppedElsewhereError: on the other ranks, if one of them raises one of the above.
     """
-    run = folder.read(Path(out))
-    config = folder.changed(run, changes or {})
+    ranks.join()
+    with ranks.together():
+        run = folder.read(Path(out))
+        config = folder.changed(run, changes or {})
     console = _console(show)
     if run.summary is not None:
         console.print(f"The run in {out} is finished: nothing to resume.", highlight=False, soft_wrap=True)
         return run.summary
-    material = Material.load(config, tokenizer=run.tokenizer, fingerprint=run.fingerprint)
+    with ranks.together():
+        folder.check_ranks(run)
+        material = Material.load(config, tokenizer=run.tokenizer, fingerprint=run.fingerprint)
     with _disk_full_explained(run.folder):
         return _go_on(replace(run, config=config), material, console)
 
@@ -76,11 +96,13 @@ def _go_on(run: folder.Run, material: Material, console: Console) -> Summary:
     for kind, path in run.members.items():
         member = run
         if run.kind == "pair":
-            member = folder.create(path, kind=kind, config=run.config, fingerprint=run.fingerprint)
-            member = replace(member, config=run.config)
+            with ranks.together():
+                if ranks.is_first():
+                    folder.create(path, kind=kind, config=run.config, fingerprint=run.fingerprint)
+            member = replace(folder.read(path), config=run.config)
         with quiet_transformers():
             summary |= member.summary or Session(member, material, console=console, resume_with=run.folder).train()
-    if run.kind == "pair":
+    if run.kind == "pair" and ranks.is_first():
         checkpoint.write_atomically(run.folder / folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -89,8 +111,10 @@ def _go_on(run: folder.Run, material: Material, console: Console) -> Summary:
 def _disk_full_explained(out: Path) -> Iterator[None]:
     try:
         yield
+    except StoppedElsewhereError:
+        raise
     except checkpoint.DiskFullError as error:
-        raise CheckpointError(f"{error} Then go on with: {how_to_go_on(out)}") from error
+        raise CheckpointError(f"{error} Then go on with: {folder.how_to_go_on(out)}") from error
     except Exception as error:
         if not checkpoint.is_disk_full(error):
             raise
@@ -99,9 +123,9 @@ def _disk_full_explained(out: Path) -> Iterator[None]:
         ]
         raise CheckpointError(
             f"The disk is full at {out}; {last[-1] if last else 'no checkpoint was saved before that'}. "
-            f"Free some space. Then go on with: {how_to_go_on(out)}"
+            f"Free some space. Then go on with: {folder.how_to_go_on(out)}"
         ) from error
 
 
 def _console(show: bool) -> Console:
-    return Console(stderr=True, quiet=not show)
+    return Console(stderr=True, quiet=not (show and ranks.is_first()))

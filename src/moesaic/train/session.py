@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from moesaic.train import checkpoint, folder, history
+from moesaic.core.errors import MoesaicError, StoppedElsewhereError
+from moesaic.train import checkpoint, folder, history, ranks
 from moesaic.train.balance import BalanceCallback
 from moesaic.train.board import Board
 from moesaic.train.build import build_model, training_arguments
@@ -32,11 +31,6 @@ if TYPE_CHECKING:
 Summary = dict[str, dict[str, Any]]
 
 
-def how_to_go_on(out: Path) -> str:
-    """Give the command that is enough to go on with a run."""
-    return f"moesaic train --resume --out {shlex.quote(str(out))}"
-
-
 class Session:
     """Trains the model of one run folder.
 
@@ -49,27 +43,37 @@ class Session:
 
     def __init__(self, run: folder.Run, material: Material, *, console: Console, resume_with: Path):
         self.run, self.config, self.material, self.console = run, run.config, material, console
-        self.how_to_go_on = how_to_go_on(resume_with)
+        self.how_to_go_on = folder.how_to_go_on(resume_with)
         self.start = checkpoint.LastGood(path=None, step=0, skipped=())
 
     def train(self) -> Summary:
         """Train to the end and write the model and its figures."""
-        config, path = self.config, self.run.folder
+        config = self.config
         set_seed(config.seed)
         model = build_model(self.run.kind, config, self.material.tokenizer)
-        self.start = checkpoint.last_good(path / folder.CHECKPOINTS)
-        self._say_where_to_start()
-        history.truncate(path / folder.HISTORY, self.start.step)
+        self.start = ranks.from_first(self._find_start)
         with ExitStack() as stack:
             callbacks, interrupt = self._callbacks(stack)
             trainer = self._trainer(model, callbacks)
+            if not ranks.is_first():
+                # The weights are those of rank 0, the noise is each rank's own.
+                set_seed(config.seed + ranks.own())
             try:
                 trainer.train(resume_from_checkpoint=None if self.start.path is None else str(self.start.path))
             except KeyboardInterrupt as error:
                 raise self._stopped_at_once() from error
             if interrupt.requested and trainer.state.global_step < config.steps:
-                raise self._stopped(trainer.state.global_step)
-            return self._finish(model, trainer.last_evaluation or self.material.last_evaluator(model))
+                with ranks.together():
+                    raise self._stopped(trainer.state.global_step)
+            evaluation = trainer.last_evaluation or self.material.last_evaluator(model)
+            return ranks.from_first(lambda: self._finish(model, evaluation))
+
+    def _find_start(self) -> checkpoint.LastGood:
+        path = self.run.folder
+        self.start = checkpoint.last_good(path / folder.CHECKPOINTS)
+        self._say_where_to_start()
+        history.truncate(path / folder.HISTORY, self.start.step)
+        return self.start
 
     def _say_where_to_start(self) -> None:
         for line in self.start.skipped:
@@ -82,7 +86,7 @@ class Session:
         label = {"moe": f"MoE ({self.config.recipe})", "dense": "dense twin"}[self.run.kind]
         progress = ProgressCallback(label, self.console)
         sinks: list[history.Sink] = [progress.show]
-        if Board.available():
+        if ranks.is_first() and Board.available():
             board = Board(path / folder.BOARD, start=self.start.step)
             stack.callback(board.close)
             sinks.append(board)
@@ -93,8 +97,7 @@ class Session:
         return [FiniteGuard(), balance, records, progress, interrupt], interrupt
 
     def _tokens_per_step(self) -> int:
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        return self.config.tokens_per_step * world
+        return self.config.tokens_per_step * ranks.count()
 
     def _trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> MoeTrainer:
 
@@ -139,6 +142,8 @@ class Session:
             f"Stopped at step {step} of {self.config.steps} as asked; {saved} is saved. Go on with: {self.how_to_go_on}"
         )
 
-    def _stopped_at_once(self) -> TrainingStoppedError:
+    def _stopped_at_once(self) -> MoesaicError:
+        if not ranks.is_first():
+            return StoppedElsewhereError("Stopped at once as asked; rank 0 says how to go on.")
         last = checkpoint.describe_last(self.run.folder / folder.CHECKPOINTS)
         return TrainingStoppedError(f"Stopped at once as asked; {last}. Go on with: {self.how_to_go_on}")

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from moesaic.core.errors import CheckpointError
-from moesaic.train import checkpoint, state
+from moesaic.train import checkpoint, ranks, state
+from moesaic.train.balance import check_balance_is_in_the_loss
 from moesaic.train.evaluate import Evaluation, Evaluator
 from moesaic.train.order import SeededOrder
 
 WEIGHTS = "model.safetensors"
 TRAINER_STATE = "trainer_state.json"
-WINDOW = "window.json"
+WINDOW = "window"
 
 
 class MoeTrainer(Trainer):
@@ -36,6 +37,8 @@ class MoeTrainer(Trainer):
 
     Attributes:
         last_evaluation: what ``last_evaluator`` measured, once it has.
+    Raises:
+        ConfigError: if label smoothing would leave the balance losses out.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class MoeTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        assert isinstance(self.model, nn.Module)
+        check_balance_is_in_the_loss(self.model, self.args)
         self.evaluator = evaluator
         self.last_evaluator = last_evaluator or evaluator
         self.keep = keep
@@ -84,21 +89,23 @@ class MoeTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         step = self.state.global_step
-        if not self.args.should_save:
-            # Another rank's folder is named after what rank 0 writes to; both rename together at its end.
-            self._barrier()
-            state.save_rng(checkpoint.partial_folder(folder, step), self.args.process_index)
-            self._barrier()
-            return
-        with checkpoint.writing(folder, step) as partial:
-            self._barrier()
-            self.save_model(str(partial), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_rng_state(str(partial))
-            self.state.save_to_json(str(partial / TRAINER_STATE))
-            (partial / WINDOW).write_text(json.dumps(self._window()))
-            self._barrier()
-        checkpoint.prune(folder, self.keep)
+        partial = checkpoint.partial_folder(folder, step)
+        # Rank 0 makes the folder, all write what is theirs, rank 0 puts it in place; if one fails, all do.
+        with ExitStack() as stack:
+            with ranks.together():
+                if ranks.is_first():
+                    stack.enter_context(checkpoint.writing(folder, step))
+            with ranks.together():
+                self._save_rng_state(str(partial))
+                self._window_file(partial).write_text(json.dumps(self._window()))
+                if ranks.is_first():
+                    self.save_model(str(partial), _internal_call=True)
+                    self._save_optimizer_and_scheduler(str(partial))
+                    self.state.save_to_json(str(partial / TRAINER_STATE))
+            with ranks.together():
+                stack.close()
+        if ranks.is_first():
+            checkpoint.prune(folder, self.keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
@@ -113,7 +120,7 @@ class MoeTrainer(Trainer):
         state.save_scheduler(self.lr_scheduler, Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        state.save_rng(Path(output_dir), self.args.process_index)
+        state.save_rng(Path(output_dir), ranks.own())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint)
@@ -130,19 +137,19 @@ class MoeTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state.load_rng(Path(checkpoint), self.args.process_index)
+        state.load_rng(Path(checkpoint), ranks.own())
         # The Trainer has reset these by now, and takes its first step next: so the next logged loss is the mean over
         # the same steps as without the interruption.
-        window = state.read_json(Path(checkpoint) / WINDOW)
+        window = state.read_json(self._window_file(Path(checkpoint)))
         self._tr_loss.fill_(window["loss_sum"])
         self._globalstep_last_logged = window["last_logged_step"]
 
     def _window(self) -> dict[str, float]:
         return {"loss_sum": float(self._tr_loss), "last_logged_step": self._globalstep_last_logged}
 
-    def _barrier(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
+    def _window_file(self, folder: Path) -> Path:
+        # Named as the ranks' random generators are.
+        return folder / (f"{WINDOW}-{ranks.own()}.json" if ranks.own() else f"{WINDOW}.json")
 
 
 @torch.no_grad()
