@@ -147,7 +147,7 @@ def test_inspect_writes_page_and_trace_and_prints_figures(finished, tmp_path, ca
 
 def test_inspect_puts_page_and_trace_into_a_folder_that_is_named(finished, tmp_path, capsys):
     assert run(["inspect", str(finished), "--out", str(tmp_path), "--tokens=200"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.parquet", "report-figures"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.trace.parquet", "report-figures"}
 
 
 def test_inspecting_a_dense_model_is_refused(finished, capsys):

@@ -71,8 +71,17 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
     for step in (2, 10, 9):
         save(tmp_path, step)
     (tmp_path / ".partial-11").mkdir()
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, keep=2, saved=1000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_newer_checkpoint_that_was_passed_over_costs_the_new_one_nothing(tmp_path):
+    for step in (100, 200):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-200" / checkpoint.MANIFEST).write_text("{")
+    save(tmp_path, 150)
+    checkpoint.prune(tmp_path, keep=1, saved=150)
+    assert checkpoint.last_good(tmp_path).step == 150
 
 
 def test_a_checkpoint_that_is_half_deleted_is_not_taken_for_whole(tmp_path, monkeypatch):
@@ -84,7 +93,7 @@ def test_a_checkpoint_that_is_half_deleted_is_not_taken_for_whole(tmp_path, monk
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(tmp_path, keep=2)
+        checkpoint.prune(tmp_path, keep=2, saved=1000)
     with pytest.raises(CheckpointError):
         checkpoint.verify(tmp_path / "checkpoint-1")
     assert checkpoint.last_good(tmp_path).step == 3

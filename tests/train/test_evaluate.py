@@ -61,6 +61,19 @@ def test_a_part_of_the_text_is_spread_over_it_and_scaled_to_its_bytes(setting):
     assert Evaluator(blocks, max_tokens=10**9)(model).bits_per_byte == whole
 
 
+def test_batches_mix_the_domains_so_that_no_capacity_is_overfilled_by_one_of_them(setting):
+    _, blocks, _ = setting
+    order = Evaluator(blocks)._chosen
+    domains = [int(blocks[index]["domain"]) for index in order]
+    assert sorted(order) == list(range(len(blocks)))
+    for start in range(0, len(order) - 8, 8):
+        share = sum(domains[start : start + 8]) / 8
+        assert abs(share - sum(domains) / len(domains)) < 0.25
+    for domain in (0, 1):
+        mine = [index for index in order if int(blocks[index]["domain"]) == domain]
+        assert mine == sorted(mine)
+
+
 def test_an_evaluation_without_text_is_refused():
     with pytest.raises(DataError) as error:
         Evaluator([])

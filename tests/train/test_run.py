@@ -1,14 +1,18 @@
 """Run folders: what is written, what is refused, what is read back."""
 
 import json
+import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.data import load_tokenizer
-from moesaic.train import folder, history, load_trained, train
+from moesaic.train import Evaluator, folder, history, load_trained, resume, train
 from moesaic.train.build import build_model
+from moesaic.train.interrupt import TrainingStoppedError
 
 
 def test_a_run_folder_holds_what_the_format_says(tiny):
@@ -108,6 +112,40 @@ def test_overwriting_deletes_runs_of_ours_only(tiny):
     assert (config.out / "thesis.txt").read_text() == "ten years"
     with pytest.raises(ConfigError, match=r"is not empty\. Name a folder that does not exist yet\.$"):
         train(config)
+
+
+def test_overwriting_spares_a_run_that_holds_the_data_of_the_new_one(tiny, text):
+    config = tiny()
+    train(config)
+    shutil.copytree(text, config.out / "corpus")
+    new = replace(config, data=str(config.out / "corpus"))
+    with pytest.raises(ConfigError) as error:
+        train(new, overwrite=True)
+    assert str(error.value) == (
+        f"{new.data} lies inside the run folder {config.out}, which --overwrite would delete. Move it elsewhere first."
+    )
+    assert (config.out / "summary.json").exists()
+
+
+def test_a_signal_during_the_last_evaluation_stops_before_the_twin_starts(tiny, monkeypatch):
+    config = tiny(twin=True)
+    evaluate = Evaluator.__call__
+
+    def interrupted(self, model):
+        if len(self._chosen) == len(self.blocks):
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(self, model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "__call__", interrupted)
+        with pytest.raises(TrainingStoppedError) as error:
+            train(replace(config, eval_tokens=30))
+    assert str(error.value) == (
+        f"Stopped as asked, after the last step of {config.out / 'moe'}; it is finished. "
+        f"Go on with: moesaic train --resume --out {config.out}"
+    )
+    assert not (config.out / "dense" / "history.jsonl").exists()
+    assert set(resume(config.out)) == {"moe", "dense"}
 
 
 def test_bad_data_damage_nothing(tiny, tmp_path):

@@ -24,8 +24,8 @@ def write_report(path: Path, *, data: str | None, html: Path, tokens: int = TOKE
     Args:
         path: run folder, or model folder.
         data: the text; None for the run's own.
-        html: the page to write, or a folder, which gets ``report.html``; the trace goes beside the page, with the
-            ending ``.parquet``.
+        html: the page to write, or a folder, which gets ``report.html``; beside the page goes
+            ``report.trace.parquet``, named after it.
         tokens: held-out tokens of each domain to read, at most.
     Returns:
         The headline figures.
@@ -41,8 +41,8 @@ def write_report(path: Path, *, data: str | None, html: Path, tokens: int = TOKE
     trace = _trace(trained, _held_out(trained, data), tokens)
     html.parent.mkdir(parents=True, exist_ok=True)
     page = report(trace, html, runs=_runs(trained), title=f"What the experts of {path} do")
-    trace.save(page.with_suffix(".parquet"))
-    return {**headline(trace), "report": str(page), "trace": str(page.with_suffix(".parquet"))}
+    beside = trace.save(page.with_name(f"{page.stem}.trace.parquet"))
+    return {**headline(trace), "report": str(page), "trace": str(beside)}
 
 
 def headline(trace: RoutingTrace) -> dict[str, Any]:

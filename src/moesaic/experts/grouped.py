@@ -46,13 +46,11 @@ def run_grouped(
         )
     device = x_TD.device.type
     cast = _autocast_to(device)
-    dtype = x_TD.dtype
     with torch.autocast(device, enabled=False):
-        choice = pick(kernel, up_EDF)
-        y_TD = choice.kernel.run(
-            cast(x_TD), plan, None if gate_EDF is None else cast(gate_EDF), cast(up_EDF), cast(down_EFD), activation
-        )
-    return y_TD.to(dtype)
+        up = cast(up_EDF)
+        gate = None if gate_EDF is None else cast(gate_EDF)
+        y_TD = pick(kernel, up).kernel.run(cast(x_TD), plan, gate, up, cast(down_EFD), activation)
+    return y_TD.to(x_TD.dtype)
 
 
 def _autocast_to(device: str) -> Callable[[Tensor], Tensor]:

@@ -136,9 +136,12 @@ def last_good(folder: Path) -> LastGood:
     return LastGood(path=None, step=0, skipped=tuple(skipped))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what is left of unfinished ones."""
-    for _, path in sorted(_steps(folder))[:-keep]:
+def prune(folder: Path, keep: int, *, saved: int) -> None:
+    """Delete all but ``keep`` checkpoints up to the one just saved, and what is left of unfinished ones.
+
+    Later ones, which a resumed run passed over as damaged, do not count: they must not cost a good one its place.
+    """
+    for _, path in sorted((step, path) for step, path in _steps(folder) if step <= saved)[:-keep]:
         # The manifest goes first: a deletion cut short leaves a folder that nobody takes for whole.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)

@@ -54,8 +54,9 @@ class Evaluator:
     """Measures bits per byte on held-out blocks.
 
     The bits of every predicted token are summed in float64 and divided by the UTF-8 bytes of the text, exactly over
-    the set and whatever the batch size. Nothing random is drawn and no controller is moved. Under
-    ``torch.distributed`` each rank reads its share.
+    the set. Nothing random is drawn and no controller is moved. Batches mix the domains evenly, as in training: where
+    a capacity drops rows, a batch of one domain alone would overfill that domain's experts. A dropless model scores
+    the same in any batch. Under ``torch.distributed`` each rank reads its share.
 
     Args:
         blocks: held-out text.
@@ -79,11 +80,9 @@ class Evaluator:
             domain = int(block["domain"])
             in_domain[domain].append(index)
             tokens[domain].append(_num_predicted(block["labels"]))
-        self._chosen = [
-            index
-            for domain, indices in enumerate(in_domain)
-            for index in _spread(indices, max_tokens, sum(tokens[domain]))
-        ]
+        self._chosen = _interleave(
+            [_spread(indices, max_tokens, sum(tokens[domain])) for domain, indices in enumerate(in_domain)]
+        )
         self._num_tokens = [sum(counts) for counts in tokens]
         self._num_bytes = [_bytes_of(blocks, index) for index in range(len(self.domains))]
 
@@ -141,6 +140,12 @@ def _spread(indices: list[int], max_tokens: int | None, num_tokens: int) -> list
         return indices
     count = max(1, round(len(indices) * max_tokens / num_tokens))
     return [indices[position * len(indices) // count] for position in range(count)]
+
+
+def _interleave(lists: Sequence[Sequence[int]]) -> list[int]:
+    """One list in which each of the given ones is spread evenly, in its own order."""
+    places = [((place + 0.5) / len(items), item) for items in lists for place, item in enumerate(items)]
+    return [item for _, item in sorted(places)]
 
 
 def _bytes_of(blocks: Blocks, index: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -88,11 +88,15 @@ def how_to_go_on(folder: Path, num_ranks: int | None = None) -> str:
     return f"{command} train --resume --out {shlex.quote(str(folder))}"
 
 
-def check(folder: Path, *, overwrite: bool) -> None:
+def check(folder: Path, *, overwrite: bool, reads: Sequence[str] = ()) -> None:
     """See that a new run may be written to a folder; nothing is changed yet.
 
+    Args:
+        folder: of the run to come.
+        overwrite: a run that is there may be deleted.
+        reads: paths, or other words, of what the new run needs; it must not be deleted with the old one.
     Raises:
-        ConfigError: if the folder holds something, and ``overwrite`` is off or it is not a run.
+        ConfigError: if the folder holds something, and ``overwrite`` is off, it is not a run, or it is needed.
     """
     if folder.is_file():
         raise ConfigError(f"the run folder {folder} is a file. Name a folder that does not exist yet.")
@@ -100,6 +104,12 @@ def check(folder: Path, *, overwrite: bool) -> None:
         return
     is_run = (folder / RUN).is_file()
     if overwrite and is_run:
+        for path in map(Path, reads):
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(
+                    f"{path} lies inside the run folder {folder}, which --overwrite would delete. "
+                    "Move it elsewhere first."
+                )
         return
     if overwrite:
         raise ConfigError(

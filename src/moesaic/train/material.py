@@ -57,6 +57,6 @@ class Material:
         own: Any = load_tokenizer(config.tokenizer if tokenizer is None else str(tokenizer), corpus)
         blocks = TokenBlocks(corpus.train, own, config.context)
         held_out: Any = TokenBlocks(corpus.held_out, own, config.context)
-        during = Evaluator(held_out, batch_size=2 * config.batch_size, max_tokens=config.eval_tokens)
-        last = Evaluator(held_out, batch_size=2 * config.batch_size)
+        during = Evaluator(held_out, max_tokens=config.eval_tokens)
+        last = Evaluator(held_out)
         return cls(tokenizer=own, blocks=blocks, evaluator=during, last_evaluator=last, fingerprint=corpus.fingerprint)

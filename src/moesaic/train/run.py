@@ -15,6 +15,7 @@ from moesaic.core.errors import CheckpointError, StoppedElsewhereError
 from moesaic.train import checkpoint, folder, ranks
 from moesaic.train.build import check_models
 from moesaic.train.config import TrainConfig
+from moesaic.train.interrupt import TrainingStoppedError
 from moesaic.train.material import Material
 from moesaic.train.quiet import quiet_transformers
 from moesaic.train.session import Session, Summary
@@ -52,7 +53,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -
 
 def _begin(config: TrainConfig, *, overwrite: bool) -> Material:
     """Make the run folder, with the tokenizer in it."""
-    folder.check(config.out, overwrite=overwrite)
+    folder.check(config.out, overwrite=overwrite, reads=(config.data, config.tokenizer))
     # Everything that can be refused is refused before the first file is written or deleted.
     material = Material.load(config)
     check_models(config, material.tokenizer)
@@ -100,8 +101,17 @@ def _go_on(run: folder.Run, material: Material, console: Console) -> Summary:
                 if ranks.is_first():
                     folder.create(path, kind=kind, config=run.config, fingerprint=run.fingerprint)
             member = replace(folder.read(path), config=run.config)
+        if member.summary is not None:
+            summary |= member.summary
+            continue
+        session = Session(member, material, console=console, resume_with=run.folder)
         with quiet_transformers():
-            summary |= member.summary or Session(member, material, console=console, resume_with=run.folder).train()
+            summary |= session.train()
+        if session.interrupted and len(summary) < len(run.members):
+            raise TrainingStoppedError(
+                f"Stopped as asked, after the last step of {path}; it is finished. "
+                f"Go on with: {folder.how_to_go_on(run.folder)}"
+            )
     if run.kind == "pair" and ranks.is_first():
         checkpoint.write_atomically(run.folder / folder.SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary

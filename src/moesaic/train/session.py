@@ -39,12 +39,16 @@ class Session:
         material: what it reads.
         console: where to say what happens.
         resume_with: the folder to name when saying how to go on; that of the pair for one of its members.
+
+    Attributes:
+        interrupted: a signal to stop came when there was nothing left to stop.
     """
 
     def __init__(self, run: folder.Run, material: Material, *, console: Console, resume_with: Path):
         self.run, self.config, self.material, self.console = run, run.config, material, console
         self.how_to_go_on = folder.how_to_go_on(resume_with)
         self.start = checkpoint.LastGood(path=None, step=0, skipped=())
+        self.interrupted = False
 
     def train(self) -> Summary:
         """Train to the end and write the model and its figures."""
@@ -65,6 +69,7 @@ class Session:
             if interrupt.requested and trainer.state.global_step < config.steps:
                 with ranks.together():
                     raise self._stopped(trainer.state.global_step)
+            self.interrupted = interrupt.requested
             evaluation = trainer.last_evaluation or self.material.last_evaluator(model)
             return ranks.from_first(lambda: self._finish(model, evaluation))
 
@@ -100,7 +105,6 @@ class Session:
         return self.config.tokens_per_step * ranks.count()
 
     def _trainer(self, model: PreTrainedModel, callbacks: list[TrainerCallback]) -> MoeTrainer:
-
         trainer = MoeTrainer(
             model=model,
             args=training_arguments(self.config, self.run.folder / folder.CHECKPOINTS),

@@ -61,11 +61,12 @@ class MoeTrainer(Trainer):
         """Measure bits per byte, log it, and tell the callbacks."""
         if self.evaluator is None or self.last_evaluator is None:
             return super().evaluate(*args, **kwargs)
-        is_last = self.state.global_step >= self.state.max_steps
         assert isinstance(self.model, nn.Module)
-        result = (self.last_evaluator if is_last else self.evaluator)(self.model)
-        if is_last:
-            self.last_evaluation = result
+        result = self.evaluator(self.model)
+        if self.state.global_step >= self.state.max_steps:
+            # The history's last point is of the same text as the points before it, or its curve would jump.
+            same = self.last_evaluator is self.evaluator
+            self.last_evaluation = result if same else self.last_evaluator(self.model)
         metrics = {f"eval_bits_per_byte_{name}": value for name, value in result.bits_per_byte.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -105,7 +106,7 @@ class MoeTrainer(Trainer):
             with ranks.together():
                 stack.close()
         if ranks.is_first():
-            checkpoint.prune(folder, self.keep)
+            checkpoint.prune(folder, self.keep, saved=step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
