@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from transformers import (
     SwitchTransformersModel,
 )
 
-from moesaic import ConfigError
+from moesaic import ConfigError, recipes
 from moesaic.hf import moe_layers, sparsify
 from moesaic.hf.find import choose, find_feed_forwards
 from tests.hf.tiny import OPTIONS, batch, build
@@ -139,6 +141,22 @@ def test_sparsifying_twice_names_the_layers_that_are_there():
     assert str(error.value) == (
         "sparsify needs a dense model, got one with 2 MoE layers already, the first at model.layers.0.mlp. "
         "Sparsify a model once, with all layers you want."
+    )
+
+
+def test_a_recipe_serves_as_well_as_its_name():
+    model = sparsify(build("llama"), recipes.get("mixtral"), **OPTIONS["mixtral"])
+    assert model.config.moesaic["recipe"] == "mixtral"
+    assert len(moe_layers(model)) == 2
+
+
+def test_a_recipe_that_a_saved_model_could_not_find_again_is_refused():
+    own = replace(recipes.get("mixtral"), name="mine")
+    with pytest.raises(ConfigError) as error:
+        sparsify(build("llama"), own)
+    assert str(error.value) == (
+        "sparsify needs a recipe that moesaic.recipes.get finds by its name, got one of your own named 'mine'. "
+        "Pass a published one with options, or put your layer into the model yourself."
     )
 
 

@@ -16,13 +16,14 @@ from moesaic.hf.find import FeedForward, choose, find_feed_forwards
 from moesaic.hf.layers import is_sparse, moe_layers
 from moesaic.hf.modeling import install, sparse_class
 from moesaic.hf.spec import LayerSpec, SparseSpec
+from moesaic.recipes import Recipe
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def sparsify(
     model: Model,
-    recipe: str,
+    recipe: str | Recipe,
     *,
     layers: str | list[int] = "all",
     hidden: int | None = None,
@@ -39,7 +40,7 @@ def sparsify(
 
     Args:
         model: a model whose feed-forward networks are modules of their own.
-        recipe: one of :func:`moesaic.recipes.names`.
+        recipe: one of :func:`moesaic.recipes.names`, or what :func:`moesaic.recipes.get` returned for it.
         layers: "all"; "every-2", the second of each pair of blocks as in GShard and Switch; or indices. They count the
             blocks that have a feed-forward network, in depth order, the decoder's on from the encoder's.
         hidden: F of one expert; None for that of the network it replaces.
@@ -66,15 +67,16 @@ def sparsify(
         )
     if "init_std" not in options:
         options["init_std"] = _initializer_range(model.config)
-    published = {term.name: term.coefficient for term in recipes.get(recipe).balance if isinstance(term, LossTerm)}
+    name = _name_of(recipe)
+    published = {term.name: term.coefficient for term in recipes.get(name).balance if isinstance(term, LossTerm)}
     given = {"num_experts": num_experts, "top_k": top_k}
     options |= {name: value for name, value in given.items() if value is not None}
     kernel = {"kernel": options.pop("kernel")} if "kernel" in options else {}
 
     chosen = choose(find_feed_forwards(cast(PreTrainedModel, model.base_model)), layers)
     spec = SparseSpec(
-        recipe=recipe,
-        layers={one.path: _layer_spec(one, recipe, hidden, options) for one in chosen},
+        recipe=name,
+        layers={one.path: _layer_spec(one, name, hidden, options) for one in chosen},
         aux_coefficients=published | dict(aux_coefficients or {}),
     )
     config = sparse_config(model.config, spec.to_dict())
@@ -88,6 +90,17 @@ def sparsify(
     assert type(model) is sparse_class(dense_class)
     join_auto_classes(type(config))
     return model
+
+
+def _name_of(recipe: str | Recipe) -> str:
+    """A saved model names its recipe, so only one that can be found again by its name will do."""
+    name = recipe if isinstance(recipe, str) else recipe.name
+    if isinstance(recipe, Recipe) and (name not in recipes.names() or recipes.get(name) != recipe):
+        raise ConfigError(
+            f"sparsify needs a recipe that moesaic.recipes.get finds by its name, got one of your own named {name!r}. "
+            "Pass a published one with options, or put your layer into the model yourself."
+        )
+    return name
 
 
 def _layer_spec(one: FeedForward, recipe: str, hidden: int | None, options: dict[str, Any]) -> LayerSpec:
