@@ -25,7 +25,7 @@ def plan_for(num_tokens: int, num_experts: int, top_k: int = 2) -> tuple[Plan, T
     return Plan.from_kept(routing, routing.kept_N), table
 
 
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS], ids=str)
+@pytest.mark.parametrize("kernel", ["auto", *KERNELS], ids=lambda kernel: getattr(kernel, "name", kernel))
 @pytest.mark.parametrize("act", [gelu, relu_squared], ids=lambda act: act.name)
 @every_kind
 def test_experts_agree_with_plain_loops(kind, act, kernel):
