@@ -140,7 +140,7 @@ def test_inspect_writes_page_and_trace_and_prints_figures(finished, tmp_path, ca
     assert page.is_file()
     from moesaic import RoutingTrace
 
-    assert len(RoutingTrace.load(page.with_suffix(".parquet")).metadata.token_text) == 257
+    assert len(RoutingTrace.load(page.with_suffix(".trace.parquet")).metadata.token_text) == 257
     assert run(["inspect", str(finished), "--out", str(page), "--tokens=200"]) == 0
     assert "Experts that got nothing:" in said(capsys)[0]
 
