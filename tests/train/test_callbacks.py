@@ -85,6 +85,7 @@ def test_a_model_without_controllers_or_without_experts_is_left_alone(plain, tin
     trainer.model = build_model("dense", tiny(), load_tokenizer("bytes"))
     trainer.model_wrapped = trainer.model
     trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps > 0
 
 
 LOST_TO_SMOOTHING = (
