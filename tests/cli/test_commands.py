@@ -202,5 +202,13 @@ def test_recipes_are_listed_and_shown(capsys):
     assert run(["recipes", "show", "mixtral", "--json"]) == 0
     assert json.loads(said(capsys)[0]) == listed[1]
     assert run(["recipes", "show", "mixtral"]) == 0
-    assert "top_k = 2" in said(capsys)[0]
+    shown = said(capsys)[0]
+    for line in (
+        "  --top-k 2",
+        "  jitter=0.0",
+        "  switch_loss, times 0.002; another coefficient with --aux switch=NUMBER",
+    ):
+        assert line in shown.splitlines()
+    assert run(["recipes", "show", "deepseek-v3"]) == 0
+    assert "  selection bias, stepped once per optimizer step: rule sign, rate 0.001" in said(capsys)[0].splitlines()
     assert run(["recipes", "show", "quantum"]) == 2

@@ -57,12 +57,22 @@ def show(
         print(json.dumps(figures, indent=1))
         return
     print(f"{figures['name']} ({figures['year']}): {figures['summary']}\n{figures['citation']}")
-    print("\nOptions, with --option key=value:")
-    for key, default in figures["options"].items():
-        print(f"  {key} = {json.dumps(default)}")
+    options = dict(figures["options"])
+    print("\nSettings of moesaic train, with what was published:")
+    for key in ("num_experts", "top_k"):
+        print(f"  --{key.replace('_', '-')} {options.pop(key)}")
+    print("\nOptions, with --option key=value (null: worked out from the others):")
+    for key, default in options.items():
+        print(f"  {key}={json.dumps(default)}")
     print("\nBalance:")
     for term in figures["balance"]:
-        print("  " + ", ".join(f"{key} {value}" for key, value in term.items()))
+        print(f"  {_in_words(term)}")
+
+
+def _in_words(term: dict[str, Any]) -> str:
+    if term["kind"] == "LossTerm":
+        return f"{term['loss']}, times {term['coefficient']}; another coefficient with --aux {term['name']}=NUMBER"
+    return f"selection bias, stepped once per optimizer step: rule {term['rule']}, rate {term['rate']}"
 
 
 def _figures(recipe: Recipe) -> dict[str, Any]:
