@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,21 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(CheckpointError) as error:
         load_trained(tmp_path)
     assert str(error.value) == f"{tmp_path} is not a run folder: it has no run.json. Name the folder given to --out."
+
+
+def test_a_run_that_may_not_be_read_is_not_told_to_be_overwritten(tiny, monkeypatch):
+    config = tiny()
+    train(config)
+
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(CheckpointError) as error:
+        folder.read(config.out)
+    assert str(error.value) == (
+        f"{config.out}/run.json cannot be read: Permission denied. Check who may read it, and the disk."
+    )
 
 
 @pytest.mark.parametrize(

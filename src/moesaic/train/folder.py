@@ -201,6 +201,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        # The run itself may be whole: no advice here that would delete it.
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check who may read it, and the disk."
+        ) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Start the run anew with --overwrite.") from error
     return value
