@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
+PEERS  := .venv-parity
 
-.PHONY: env demo test test-fast check format docs clean
+.PHONY: env demo test test-fast parity check format docs pages clean
 .DEFAULT_GOAL := help
 
 help:            ## what each command does
@@ -27,6 +28,16 @@ test: env        ## all tests
 test-fast: env   ## the tests that finish in about a minute
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
+parity: $(PEERS)/.ready  ## compare with DeepSpeed and soft-moe-pytorch, installed apart in .venv-parity
+	DS_ACCELERATOR=cpu $(PEERS)/bin/python -m pytest -m parity tests/parity/peers
+
+# In an environment of their own: with DeepSpeed installed, accelerate and transformers take other paths.
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[parity]'
+	touch $@
+
 check: env       ## everything CI asks for: format, lint, types, tests, docs
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -41,5 +52,9 @@ format: env      ## let ruff format and mend what it can
 docs: env        ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+pages: env       ## write the pages that come from the code and its tests: catalogue, laws
+	$(BIN)/python tools/catalogue.py docs/catalogue.md
+	$(BIN)/python -m pytest -q -n auto tests/laws/test_every_recipe.py --write-laws docs/laws.md
+
 clean:           ## remove what the commands above made, runs/ apart
-	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

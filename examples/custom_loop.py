@@ -1,7 +1,7 @@
 """Train a sparse model in a loop of your own: no Trainer, no run folder, one optimizer.
 
-Three things make it a Mixture-of-Experts loop: balance losses are in ``output.loss`` already, each layer's bias
-controller is stepped once per optimizer step on the load of that step, and the load is worth printing.
+Three things make it a Mixture-of-Experts loop: balance losses are in ``output.loss`` already, each
+controller is stepped once per optimizer step on what its layers did in it, and the load is worth printing.
 """
 
 import torch
@@ -16,7 +16,7 @@ tokens = torch.tensor(list(text))
 
 config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = mz.sparsify(LlamaForCausalLM(config), "deepseek-v3", hidden=64, num_experts=8, top_k=2, init_std=0.1)
-controllers = mz.hf.bias_controllers(model)
+controllers = mz.hf.controllers(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 summaries: dict[str, RoutingSummary] = {}
@@ -36,8 +36,8 @@ for step in range(30):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    for layer, controller in controllers.items():
-        controller.step(summaries[layer].load_E)
+    for steered in controllers:
+        steered.step(summaries)
     if step % 10 == 9:
         imbalance = " ".join(f"{summary.load_max_over_mean:.2f}" for summary in summaries.values())
         print(f"step {step + 1:3}  loss {loss.item():.3f}  busiest expert over mean, by layer: {imbalance}")

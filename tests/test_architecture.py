@@ -25,7 +25,7 @@ FLOORS = {
     "core": 0,
     **dict.fromkeys(("kernels", "classic", "data", "zoo"), 1),
     **dict.fromkeys(("routers", "dispatch", "experts", "balance"), 2),
-    **dict.fromkeys(("layer", "soft", "merge", "telemetry"), 3),
+    **dict.fromkeys(("layer", "soft", "merge", "lora", "telemetry"), 3),
     "recipes": 4,
     "hf": 5,
     **dict.fromkeys(("convert", "train", "parallel", "lens"), 6),
@@ -35,7 +35,17 @@ FLOORS = {
     **dict.fromkeys(("", "__main__"), 9),
 }
 # What `import moesaic` must not wait for.
-HEAVY = {"transformers", "accelerate", "tokenizers", "datasets", "pyarrow", "matplotlib", "tensorboard", "triton"}
+HEAVY = {
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "matplotlib",
+    "tensorboard",
+    "triton",
+    "scipy",
+}
 ERRORS = {"MoesaicError", "ConfigError", "ShapeError", "DataError", "CheckpointError", "BackendError"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
@@ -214,7 +224,7 @@ def test_every_shape_letter_is_in_the_alphabet():
 
 
 @pytest.mark.parametrize(
-    "source", ["x_TX = 1", "def f(x_HD): pass", "f(mask_TJ=1)", "self.gate_EDZ = 1", "import a as b_RR"]
+    "source", ["x_TX = 1", "def f(x_HD): pass", "f(mask_TJ=1)", "self.gate_EDZ = 1", "import a as b_YY"]
 )
 def test_an_unknown_shape_letter_is_found(source):
     assert len(alphabet_complaints(source)) == 1

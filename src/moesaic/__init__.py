@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moesaic import balance, dispatch, experts, recipes, routers
+from moesaic.core.context import Context
 from moesaic.core.errors import (
     BackendError,
     CheckpointError,
@@ -21,6 +22,9 @@ from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
 from moesaic.hf.register import register as _register
 from moesaic.layer import MoELayer
+from moesaic.lora import LoRAMoE, MoLE
+from moesaic.merge import MergedMoE
+from moesaic.soft import SoftMoE
 
 if TYPE_CHECKING:
     from moesaic import data, hf, telemetry
@@ -43,13 +47,18 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "ConfigError",
+    "Context",
     "DataError",
+    "LoRAMoE",
+    "MergedMoE",
     "MoELayer",
+    "MoLE",
     "MoesaicError",
     "Plan",
     "Routing",
     "RoutingTrace",
     "ShapeError",
+    "SoftMoE",
     "balance",
     "data",
     "dispatch",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
+from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
+from moesaic.core.exact import ExactBuffers
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
 from moesaic.dispatch import Sort
-from moesaic.experts.grouped import pick
-from moesaic.kernels.grouped_ffn import Kernel
+from moesaic.experts.grouped import kernel_report
 
 
 class Router(Protocol):
@@ -22,7 +25,11 @@ class Router(Protocol):
     def num_experts(self) -> int:
         """Experts to choose from."""
 
-    def __call__(self, x_TD: Tensor, valid_T: Tensor | None = None) -> Routing:
+    @property
+    def experts_per_token(self) -> float:
+        """How many experts a token visits, on average over a batch where the number differs."""
+
+    def __call__(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""
 
 
@@ -44,20 +51,27 @@ class Experts(Protocol):
         """Gather, work, weigh, add."""
 
 
-class MoELayer(nn.Module):
-    """A sparse feed-forward layer: route, dispatch, let the experts work, add the shared expert.
+class MoELayer(ExactBuffers):
+    """A sparse feed-forward layer: route, dispatch, let the experts work, add what every token visits.
 
     Args:
         router: tokens to :class:`~moesaic.core.routing.Routing`.
         experts: tokens and plan to outputs.
         dispatch: Routing to :class:`~moesaic.core.plan.Plan`; dropless unless given.
         shared: a module that every token visits; its output is added.
+        mix: a module that joins routed and shared outputs in another way, from (tokens, routed, shared).
+        after: a module that runs on the input plus the output so far; its output is added (the extra feed-forward
+            network of ST-MoE).
+        coefficient: first value of a balance loss's coefficient that a controller moves; kept as a float32 buffer and
+            read by losses as ``routing.extras["coefficient"]``.
     Shape:
         ``(T, D)`` -> ``(T, D)`` and the Routing. A token whose rows were all dropped gets zeros from the routed
         experts: add the layer's output to its input, as transformer blocks do.
     Raises:
         ConfigError: if router and experts differ in number of experts.
     """
+
+    coefficient: Tensor | None
 
     def __init__(
         self,
@@ -66,6 +80,9 @@ class MoELayer(nn.Module):
         *,
         dispatch: nn.Module | None = None,
         shared: nn.Module | None = None,
+        mix: nn.Module | None = None,
+        after: nn.Module | None = None,
+        coefficient: float | None = None,
     ) -> None:
         super().__init__()
         num_routed, num_built = cast(Router, router).num_experts, cast(Experts, experts).num_experts
@@ -78,22 +95,45 @@ class MoELayer(nn.Module):
         self.dispatch = dispatch if dispatch is not None else Sort()
         self.experts = experts
         self.shared = shared
+        self.mix = mix
+        self.after = after
+        start = None if coefficient is None else torch.tensor(coefficient, dtype=torch.float32)
+        self.register_exact("coefficient", start)
 
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT
+    ) -> tuple[Tensor, Routing]:
         """Send each token through its experts.
 
         Args:
             x_TD: tokens.
             valid_T: False where a token is padding: it takes no expert, no capacity, no load and no loss.
+            context: what some routers need beside the vectors: sequences, token ids, domains, logits from below.
         Returns:
             The outputs, and the table with ``kept_N`` telling which rows were dropped.
         """
-        routing: Routing = self.router(x_TD, valid_T)  # who goes where
+        context.check(x_TD.shape[0])
+        routing: Routing = self.router(x_TD, valid_T, context)  # who goes where
+        routing = replace(routing, sequence_T=context.sequence_T)
         plan: Plan = self.dispatch(routing)  # in which order, and what is dropped
         y_TD: Tensor = self.experts(x_TD, plan)  # gather, work, weigh, add
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD, replace(routing, kept_N=plan.kept_N)
+            shared_TD = self.shared(x_TD)
+            y_TD = y_TD + shared_TD if self.mix is None else self.mix(x_TD, y_TD, shared_TD)
+        if self.after is not None:
+            y_TD = y_TD + self.after(x_TD + y_TD)
+        return y_TD, replace(routing, kept_N=plan.kept_N, extras=self._stamped(routing))
+
+    def _stamped(self, routing: Routing) -> Mapping[str, Tensor]:
+        if self.coefficient is None:
+            return routing.extras
+        # A copy: a controller moves the buffer, and the graph must not see it move.
+        return {**routing.extras, "coefficient": self.coefficient.clone()}
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts."""
+        return cast(Router, self.router).num_experts
 
     @property
     def num_params(self) -> int:
@@ -102,20 +142,16 @@ class MoELayer(nn.Module):
 
     @property
     def num_active_params(self) -> int:
-        """Parameters that one token meets: all but the experts it does not choose."""
+        """Parameters that one token meets: all but the experts it does not choose; an average where experts differ."""
         in_experts = sum(parameter.numel() for parameter in self.experts.parameters())
-        router = cast("_TopK", self.router)
-        return self.num_params - in_experts + in_experts * router.top_k // router.num_experts
+        # Low-rank experts share a network that every token meets.
+        in_experts -= getattr(self.experts, "num_common_params", 0)
+        router = cast(Router, self.router)
+        return self.num_params - in_experts + round(in_experts * router.experts_per_token / router.num_experts)
 
     def kernel_report(self) -> str:
         """Which kernel the experts run on, and why."""
-        kernel = getattr(self.experts, "kernel", None)
-        if kernel is None:
-            return f"{type(self.experts).__name__}: no kernel, each expert runs as its own module"
-        choice = pick(cast("Kernel | str", kernel), next(self.experts.parameters()))
-        return f"{choice.kernel.name}: {choice.kernel.what}; {choice.reason}"
-
-
-class _TopK(Protocol):
-    num_experts: int
-    top_k: int
+        own_report = getattr(self.experts, "kernel_report", None)
+        if own_report is not None:
+            return cast(str, own_report())
+        return kernel_report(self.experts)

@@ -3,8 +3,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from moesaic import Routing
+from moesaic import MoELayer, Routing
 from moesaic.balance import BiasController, BiasRule, LossTerm
+from moesaic.experts import MLPExperts
 from moesaic.routers import TopKRouter
 
 
@@ -18,7 +19,7 @@ def test_a_loss_term_is_its_loss_times_its_coefficient():
 
 
 def test_a_bias_rule_builds_its_controller_with_its_numbers():
-    router = TopKRouter(4, 3, top_k=2, selection_bias=True)
-    controller = BiasRule(rate=0.125, rule="proportional").build(router)
+    layer = MoELayer(TopKRouter(4, 3, top_k=2, selection_bias=True), MLPExperts(3, 4, 2))
+    (controller,) = BiasRule(rate=0.125, rule="proportional").build([layer])
     assert isinstance(controller, BiasController)
-    assert (controller.router, controller.rate, controller.rule) == (router, 0.125, "proportional")
+    assert (controller.router, controller.rate, controller.rule) == (layer.router, 0.125, "proportional")

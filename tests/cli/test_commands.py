@@ -4,11 +4,15 @@ import sys
 
 import pytest
 
+from moesaic import recipes
 from moesaic.cli.app import run
 
 from .conftest import SIZES
 
-VERBS = (["train"], ["inspect"], ["generate"], ["recipes"], ["recipes", "show"])
+VERBS = (
+    ["train"], ["inspect"], ["generate"], ["recipes"], ["recipes", "show"],
+    ["lab"], ["lab", "gallery"], ["lab", "balance"], ["lab", "precision"],
+)  # fmt: skip
 
 
 def said(capsys):
@@ -48,7 +52,7 @@ def test_python_dash_m_is_the_command():
 
 
 BAD_ARGUMENTS = [
-    (["--recipe", "quantum"], "recipe must be one of switch, mixtral, deepseek-v3"),
+    (["--recipe", "quantum"], f"recipe must be one of {', '.join(recipes.names())}, got"),
     (["--num-experts=2", "--top-k=5"], "top_k must be between 1 and num_experts=2, got 5."),
     (["--option", "jitter"], "--option must be key=value, got 'jitter'. Write for example --option jitter=0.01."),
     (["--aux", "switch=much"], "--aux must give a number, got 'much'. Write for example --aux switch=0.01."),
@@ -60,6 +64,11 @@ BAD_ARGUMENTS = [
         "option capacity_factor of recipe switch must be a finite",
     ),
     (["--aux", "switch=nan"], "The coefficient of balance loss switch must be a finite number of at least 0, got nan."),
+    (["--backbone=t5", "--context=33"], "context must be even for t5, half of it for the encoder and half for the"),
+    (
+        ["--layers=2", "--moe-layers=5"],
+        "layers must be 'all', 'every-2' or a list of different indices in 0..1, got [5].",
+    ),
     (["--lr=-1"], "lr must be a finite number above 0, got -1.0."),
 ]
 
@@ -193,22 +202,56 @@ def test_text_beyond_the_positions_of_a_model_is_refused_with_what_would_fit(pro
     assert said(capsys)[1] == f"moesaic: this model has 24 positions, {way_out}\n"
 
 
+@pytest.mark.parametrize("backbone", ["t5", "lstm"])
+def test_other_backbones_train_with_a_report_and_write(backbone, text, tmp_path, capsys):
+    arguments = ["--data", str(text), "--out", str(tmp_path / "x"), "--backbone", backbone, "--steps=2", "--layers=4"]
+    sizes = [size for size in SIZES if not size.startswith(("--layers", *(["--heads"] if backbone == "lstm" else [])))]
+    assert run(["train", *arguments, *sizes, "--moe-layers=every-2"]) == 0
+    assert (tmp_path / "x" / "report.html").is_file()
+    said(capsys)
+    assert run(["inspect", str(tmp_path / "x"), "--json"]) == 0
+    layers = {
+        "t5": [f"{stack}.block.{block}" for stack in ("encoder", "decoder") for block in (1, 3)],
+        "lstm": ["model.layers.1"],
+    }
+    figures = json.loads(said(capsys)[0])
+    assert [name.rsplit(".", 3 if backbone == "t5" else 1)[0] for name in figures["num_experts"]] == layers[backbone]
+    arguments = ["generate", str(tmp_path / "x"), "--prompt", "abc ", "--max-new-tokens=10"]
+    assert run(arguments) == 0
+    streamed = said(capsys)[0]
+    assert run([*arguments, "--json"]) == 0
+    figures = json.loads(said(capsys)[0])
+    assert streamed == "abc " + figures["text"] + "\n"
+    assert 1 <= figures["new_tokens"] <= 10
+
+
+def test_text_beyond_what_a_stack_was_trained_on_is_warned_of(text, tmp_path, capsys):
+    arguments = ["--data", str(text), "--out", str(tmp_path / "x"), "--backbone=t5", "--steps=1", "--no-report"]
+    assert run(["train", *arguments, *SIZES]) == 0
+    said(capsys)
+    for prompt, new, note in (("x" * 11, 12, ""), ("x" * 12, 12, "Note"), ("x", 13, "Note")):
+        assert run(["generate", str(tmp_path / "x"), "--prompt", prompt, f"--max-new-tokens={new}", "--json"]) == 0
+        assert said(capsys)[1] == (
+            note and "Note: the model was trained on 12 tokens at a time; text beyond them is worse.\n"
+        )
+
+
 def test_recipes_are_listed_and_shown(capsys):
     assert run(["recipes", "--json"]) == 0
     listed = json.loads(said(capsys)[0])
-    assert [recipe["name"] for recipe in listed] == ["switch", "mixtral", "deepseek-v3"]
+    assert [recipe["name"] for recipe in listed] == recipes.names()
     assert run(["recipes"]) == 0
     assert "deepseek-v3" in said(capsys)[0]
     assert run(["recipes", "show", "mixtral", "--json"]) == 0
-    assert json.loads(said(capsys)[0]) == listed[1]
+    assert json.loads(said(capsys)[0]) == listed[recipes.names().index("mixtral")]
     assert run(["recipes", "show", "mixtral"]) == 0
     shown = said(capsys)[0]
     for line in (
-        "  --top-k 2",
-        "  jitter=0.0",
+        "  --top-k 2        section 2.1, table 1",
+        "w = softmax(z over S);  y = sum_{e in S} w_e SwiGLU_e(x)",
         "  switch_loss, times 0.002; another coefficient with --aux switch=NUMBER",
     ):
         assert line in shown.splitlines()
     assert run(["recipes", "show", "deepseek-v3"]) == 0
-    assert "  selection bias, stepped once per optimizer step: rule sign, rate 0.001" in said(capsys)[0].splitlines()
+    assert "  bias controller, stepped once per optimizer step: rate 0.001, rule sign" in said(capsys)[0].splitlines()
     assert run(["recipes", "show", "quantum"]) == 2

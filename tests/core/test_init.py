@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moesaic.core.init import normal, scaled_by_fan_in
+from moesaic.core.init import normal, scaled_by_fan_in, truncated_normal
 
 
 def test_a_normal_draw_has_the_width_asked_for_whatever_the_fan_in():
@@ -18,3 +18,10 @@ def test_a_draw_scaled_by_fan_in_is_cut_off_at_two_standard_deviations(scale, fa
     assert float(weight.abs().max()) <= 2 * std
     assert float(weight.abs().max()) > 1.95 * std
     assert float(weight.std()) == pytest.approx(0.88 * std, rel=0.03)  # what the cut leaves of it
+
+
+def test_a_truncated_draw_is_cut_off_where_asked():
+    weight = torch.empty(300, 300)
+    truncated_normal(0.1, deviations=3)(weight, 7)
+    assert 0.28 < float(weight.abs().max()) <= 0.3
+    assert float(weight.std()) == pytest.approx(0.987 * 0.1, rel=0.02)

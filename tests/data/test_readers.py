@@ -364,6 +364,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_unknown_names_are_attribute_errors():
     import moesaic.data
 
-    assert set(dir(moesaic.data)) == {"Corpus", "Document", "TokenBlocks", "leakage", "load_corpus", "load_tokenizer"}
+    names = {"Corpus", "Document", "PrefixBlocks", "TokenBlocks", "leakage", "load_corpus", "load_tokenizer"}
+    assert set(dir(moesaic.data)) == names
     with pytest.raises(AttributeError, match=r"module 'moesaic\.data' has no attribute 'nothing'"):
         moesaic.data.nothing  # noqa: B018

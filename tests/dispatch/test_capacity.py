@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,6 +102,91 @@ def test_sort_and_a_large_enough_capacity_make_the_same_plan():
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+def random_routing(num_tokens: int, top_k: int, seed: int) -> Routing:
+    """Padding, ties in weight, sequences of unequal length with gaps in their names."""
+    torch.manual_seed(seed)
+    routing = routing_of(
+        torch.rand(num_tokens, 5).argsort(dim=-1)[:, :top_k],
+        num_experts=5,
+        weight_TK=torch.randint(0, 4, (num_tokens, top_k)) / 4,
+        valid_T=torch.rand(num_tokens) > 0.25,
+    )
+    return replace(routing, sequence_T=torch.randint(3, 7, (num_tokens,)) * 2)
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+@pytest.mark.parametrize("drop", ["position", "score", "random"])
+@pytest.mark.parametrize("group", ["batch", "sequence", 1, 4, 1000])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 2), (7, 3), (63, 3)])
+def test_the_rows_kept_within_groups_are_those_of_plain_loops(num_tokens, top_k, group, drop, per):
+    for seed in range(3):
+        routing = random_routing(num_tokens, top_k, seed)
+        valid = routing.valid_T.tolist()
+        groups = {"batch": [0] * num_tokens, "sequence": routing.sequence_T.tolist()}.get(group)
+        for training in (True, False):
+            dispatch = Capacity(0.7, eval_factor=1.1, minimum=1, drop=drop, group=group, per=per).train(training)
+            torch.manual_seed(99)
+            plan = dispatch(routing)
+            torch.manual_seed(99)
+            expected = oracle.keep_by_capacity(
+                table_of(routing),
+                valid,
+                num_experts=5,
+                factor=0.7 if training else 1.1,
+                minimum=1,
+                drop="position" if drop == "random" and not training else drop,
+                groups=oracle.groups_of(valid, group) if groups is None else groups,
+                per=per,
+                drawn=torch.rand(num_tokens, 5).tolist(),
+            )
+            assert plan.kept_N.tolist() == expected
+
+
+def test_tokens_compete_only_within_their_group_and_each_group_has_room_of_its_own():
+    """Six tokens want expert 0; two sequences of four and two."""
+    routing = replace(routing_of([[0]] * 6, num_experts=2), sequence_T=torch.tensor([9, 9, 9, 9, 4, 4]))
+    batch, sequence = Capacity(1.0, minimum=0), Capacity(1.0, minimum=0, group="sequence")
+    neighbours = Capacity(1.0, minimum=0, group=2)
+    assert batch(routing).kept_N.tolist() == [True, True, True, False, False, False]
+    assert sequence(routing).kept_N.tolist() == [True, True, False, False, True, False]
+    assert neighbours(routing).kept_N.tolist() == [True, False, True, False, True, False]
+    assert int(batch.capacity(routing)) == 3
+    assert sequence.capacity(routing).tolist() == [1, 2]  # by the number of the sequence
+    assert neighbours.capacity(routing).tolist() == [1, 1, 1]
+
+
+def test_padding_between_tokens_does_not_shift_the_groups():
+    valid_T = torch.tensor([True, False, True, False, True, True])
+    routing = routing_of([[0]] * 6, num_experts=2, valid_T=valid_T)
+    assert Capacity(1.0, minimum=0, group=2)(routing).kept_N.tolist() == [True, False, False, False, True, False]
+
+
+def test_a_routing_that_names_no_sequences_is_one_group():
+    routing = routing_of([[0]] * 6, num_experts=2)
+    assert Capacity(1.0, minimum=0, group="sequence")(routing).kept_N.tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("factor", "capacity"), [(1.25, 5), (2.0, 8)])
+def test_a_factor_per_token_leaves_out_how_many_experts_each_takes(factor, capacity):
+    """Reference 0.5: with top-2, 1.25 per token has room for 1.25 S / E of up to 2 S / E rows."""
+    routing = routing_of([[t % 4, (t + 1) % 4] for t in range(16)], num_experts=4)
+    assert int(Capacity(factor, minimum=0, per="token").capacity(routing)) == capacity
+    assert int(Capacity(factor / 2, minimum=0).capacity(routing)) == capacity
+    dropped = 32 - int(Capacity(factor, minimum=0, per="token")(routing).kept_N.sum())
+    assert dropped == 32 - 4 * capacity
+
+
+def test_random_dropping_keeps_any_row_alike_in_training_and_the_earliest_in_evaluation():
+    routing = routing_of([[0]] * 8, num_experts=2)
+    dispatch = Capacity(0.5, minimum=0, drop="random")
+    count_N = sum(dispatch(routing).kept_N.int() for _ in range(2000))
+    # Two of eight places: each row is kept with 0.25, four deviations are 4 * sqrt(0.25 * 0.75 / 2000) = 0.039.
+    assert ((count_N / 2000 - 0.25).abs() < 0.039).all()
+    state = torch.get_rng_state()
+    assert dispatch.eval()(routing).kept_N.tolist() == [True] * 2 + [False] * 6
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,7 +199,20 @@ def test_sort_and_a_large_enough_capacity_make_the_same_plan():
             "capacity eval_factor must be positive, got 0. Use dispatch.Sort() to drop nothing at all.",
         ),
         ({"minimum": -3}, "capacity minimum must be at least 0, got -3. Mesh TensorFlow uses 4."),
-        ({"drop": "random"}, "drop must be 'position' or 'score', got 'random'. Switch and GShard use 'position'."),
+        (
+            {"drop": "worst"},
+            "drop must be 'position', 'score' or 'random', got 'worst'. Switch and GShard use 'position'.",
+        ),
+        (
+            {"group": "device"},
+            "group must be 'batch', 'sequence' or a number of tokens, got 'device'. "
+            "Mesh TensorFlow uses groups of 1024.",
+        ),
+        (
+            {"group": 0},
+            "group must be 'batch', 'sequence' or a number of tokens, got 0. Mesh TensorFlow uses groups of 1024.",
+        ),
+        ({"per": "choice"}, "per must be 'row' or 'token', got 'choice'. GShard and ST-MoE count by 'token'."),
     ],
 )
 def test_a_capacity_that_cannot_be_is_refused(arguments, message):

@@ -47,3 +47,13 @@ def test_the_shared_expert_gets_a_gradient_from_every_token():
         expert.zero_grad()
         expert(x_D[None]).sum().backward()
         assert all(p.grad.abs().sum() > 0 for p in expert.parameters())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_a_plain_network_has_no_gate(num_tokens):
+    network = SharedExpert(5, 7, activation=gelu, gated=False).double()
+    assert network.gate_DF is None
+    assert [name for name, _ in network.named_parameters()] == ["up_DF", "down_FD"]
+    x_TD = torch.randn(num_tokens, 5, dtype=torch.float64)
+    expected = [oracle.feed_forward(x_D, None, network.up_DF, network.down_FD, "gelu") for x_D in x_TD]
+    assert_close(network(x_TD), torch.stack(expected) if expected else x_TD, "outputs")

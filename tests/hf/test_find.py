@@ -25,6 +25,8 @@ PATHS = {
     "llama": ["layers.0.mlp", "layers.1.mlp"],
     "qwen3": ["layers.0.mlp", "layers.1.mlp"],
     "gpt2": ["h.0.mlp", "h.1.mlp"],
+    "jamba": ["layers.0.feed_forward", "layers.1.feed_forward"],
+    "lstm": ["layers.0.feed_forward", "layers.1.feed_forward"],
     "t5": [
         "encoder.block.0.layer.1.DenseReluDense",
         "encoder.block.1.layer.1.DenseReluDense",
@@ -173,7 +175,8 @@ def test_an_unknown_balance_loss_is_refused():
     with pytest.raises(ConfigError) as error:
         sparsify(build("llama"), "mixtral", aux_coefficients={"z": 0.1})
     assert str(error.value) == (
-        "aux_coefficients must name losses of recipe mixtral (switch), got z. Leave out what the recipe does not have."
+        "aux_coefficients must name losses of recipe mixtral (switch), got z. Leave out what the recipe does not have, "
+        "or replace its balance with sparsify's balance."
     )
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 from moesaic import ConfigError, ShapeError, balance, recipes
-from moesaic.hf import BalanceTerms, Seen, moe_layers, observe, sparsify
+from moesaic.hf import BalanceTerms, Seen, controllers, moe_layers, observe, sparsify
 from moesaic.hf import balance as gather_balance
-from tests.hf.tiny import FAMILIES, OPTIONS, batch, build, gradients
+from tests.hf.tiny import CLASSIC, FAMILIES, OPTIONS, batch, build, gradients
 
-RECIPES = recipes.names()
+RECIPES = CLASSIC
 
 
 def sparse(family, recipe="mixtral", *, layers="all", aux_coefficients=None, **changes):
@@ -96,7 +96,7 @@ def test_a_tuple_output_has_the_balance_losses_too():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "jamba", "lstm"])
 def test_padding_changes_nothing_at_the_tokens(family, side, recipe):
     model, inputs = sparse(family, recipe).train(), batch(family)
     more = padded(inputs, side)
@@ -273,7 +273,7 @@ def test_hidden_states_can_still_be_asked_for(family):
     model, inputs = sparse(family), batch(family)
     output = model(**inputs, output_hidden_states=True)
     states = output.decoder_hidden_states if family == "t5" else output.hidden_states
-    assert len(states) == 3
+    assert len(states) == 1 + model.config.num_hidden_layers
     if family == "t5":
         assert len(output.encoder_hidden_states) == 3
 
@@ -299,14 +299,12 @@ def test_numbers_of_parameters_leave_out_the_experts_that_a_token_does_not_meet(
     assert active_params(model) == sum(parameter.numel() for parameter in dense.parameters()) + 2 * router
 
 
-def test_bias_controllers_steer_the_layers_that_have_a_bias():
-    from moesaic.hf import bias_controllers
-
-    assert bias_controllers(sparse("llama", "mixtral")) == {}
+def test_controllers_steer_the_layers_that_have_a_bias():
+    assert controllers(sparse("llama", "mixtral")) == []
     model = sparse("llama", "deepseek-v3")
-    controllers = bias_controllers(model)
-    assert list(controllers) == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    controllers["model.layers.1.mlp"].step(torch.tensor([4, 0, 0, 0]))
+    steered = controllers(model)
+    assert [one.layers for one in steered] == [("model.layers.0.mlp",), ("model.layers.1.mlp",)]
+    steered[1].controller.step(torch.tensor([4, 0, 0, 0]))
     biases = [layer.router.bias_E for layer in moe_layers(model).values()]
     assert not biases[0].any()
     assert biases[1].argmin() == 0

@@ -49,6 +49,8 @@ def test_every_step_is_observed_and_its_padding_told(family):
     if family == "t5":
         assert tokens[:2] == [(0, 10, 9), (1, 10, 9)]
         assert tokens[2:] == [(2, 2, 2), (3, 2, 2)] * 6
+    elif family == "lstm":  # no cache: the whole text each time
+        assert tokens == [(layer, more, more - 1) for more in range(10, 22, 2) for layer in (0, 1)]
     else:
         assert tokens[:layers] == [(0, 10, 9), (1, 10, 9)]
         assert tokens[layers:] == [(0, 2, 2), (1, 2, 2)] * 5

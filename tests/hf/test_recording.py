@@ -1,5 +1,7 @@
 """A trace says what every router chose, for which token of which sequence."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moesaic import ConfigError
-from moesaic.hf import observe, record, trace_domain
+from moesaic.hf import observe, record, sparsify, trace_domain
 from moesaic.telemetry.trace import RoutingTrace
 from tests.hf.test_forward import padded, sparse
-from tests.hf.tiny import batch
+from tests.hf.tiny import batch, build
 
 
 def test_a_trace_has_a_row_for_each_choice_and_none_for_padding():
@@ -32,6 +34,25 @@ def test_a_trace_has_a_row_for_each_choice_and_none_for_padding():
     chosen = seen[0].routing.expert_N.view(3, 11, 2)[1, 4:, 0]
     assert first.expert.tolist() == chosen.tolist()
     assert (trace.domain == -1).all()
+
+
+def test_the_number_of_choices_is_told_where_every_token_has_as_many():
+    inputs = batch("llama")
+    found = {}
+    for recipe in ("switch", "mixtral", "dense", "top-p", "relu", "soft-moe"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model = sparse("llama", recipe)
+        with record(model) as trace:
+            assert trace.metadata.top_k is None
+            model(**inputs)
+        found[recipe] = trace.metadata.top_k
+    assert found == {"switch": 1, "mixtral": 2, "dense": 4, "top-p": None, "relu": None, "soft-moe": 4}
+    mixed = sparsify(build("llama"), "mixtral", num_experts=[2, 4], top_k=2)
+    mixed.model.layers[1].mlp.moe.router.top_k = 1
+    with record(mixed) as trace:
+        mixed(**inputs)
+    assert trace.metadata.top_k is None
 
 
 def test_batches_are_numbered_on_and_carry_their_domain():

@@ -24,16 +24,18 @@ from transformers import (
 
 from moesaic import CheckpointError, recipes
 from moesaic.data.tokenizer import byte_tokenizer
-from moesaic.hf import bias_controllers, moe_layers, sparsify
+from moesaic.hf import controllers, moe_layers, sparsify
 from moesaic.hf.auto import MoesaicConfig
 from moesaic.hf.register import register
 from tests.hf.test_forward import sparse
-from tests.hf.tiny import FAMILIES, OPTIONS, assert_equal_tensors, batch, build
+from tests.hf.tiny import CLASSIC, FAMILIES, OPTIONS, assert_equal_tensors, batch, build
 
 AUTO = {
     "llama": AutoModelForCausalLM,
     "qwen3": AutoModelForCausalLM,
     "gpt2": AutoModelForCausalLM,
+    "jamba": AutoModelForCausalLM,
+    "lstm": AutoModelForCausalLM,
     "t5": AutoModelForSeq2SeqLM,
     "vit": AutoModelForImageClassification,
 }
@@ -51,12 +53,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+@pytest.mark.parametrize("recipe", CLASSIC)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_comes_back_to_the_bit(family, recipe, tmp_path):
     model, inputs = sparse(family, recipe), batch(family)
-    for controller in bias_controllers(model).values():
-        controller.step(torch.tensor([5, 1, 0, 2]))
+    for steered in controllers(model):
+        steered.controller.step(torch.tensor([5, 1, 0, 2] * len(steered.layers)))
     model.save_pretrained(tmp_path)
     loaded = AUTO[family].from_pretrained(tmp_path)
     assert type(loaded) is type(model)
@@ -332,7 +334,7 @@ def reconfigure(folder, **changes):
 def test_a_folder_of_a_newer_version_is_refused(folder):
     reconfigure(folder, moesaic={"format_version": 7})
     assert refusal(folder) == (
-        "This model's config.json has moesaic format version 7, and this Moesaic reads up to 1. Update Moesaic."
+        "This model's config.json has moesaic format version 7, and this Moesaic reads up to 2. Update Moesaic."
     )
 
 

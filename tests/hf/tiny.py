@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,17 +22,26 @@ from transformers import (
     ViTForImageClassification,
 )
 
-VOCABULARY = 61
-FAMILIES = ("llama", "qwen3", "gpt2", "t5", "vit")
-TEXT = ("llama", "qwen3", "gpt2", "t5")
+from moesaic import recipes
+from moesaic.hf import LstmConfig, LstmForCausalLM
 
-# Small enough to be quick, large enough for top-2 of 4; `switch` takes one expert per token.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "switch": {"num_experts": 4, "jitter": 0.0, "min_capacity": 1},
-    "mixtral": {"num_experts": 4, "top_k": 2},
-    "deepseek-v3": {"num_experts": 4, "top_k": 2},
-}
+VOCABULARY = 61
+TEXT = ("llama", "qwen3", "gpt2", "jamba", "lstm", "t5")
+FAMILIES = (*TEXT, "vit")
+
+# The recipes that have been here longest, tried on every family: one choice with capacity, two, and two with a bias.
+CLASSIC = ("switch", "mixtral", "deepseek-v3")
 DROPLESS = ("mixtral", "deepseek-v3")
+
+
+def options_of(recipe: str) -> dict[str, Any]:
+    """Small enough to be quick, large enough for top-2 of 4; recipes of one expert per token keep it."""
+    published = recipes.get(recipe).options
+    wanted = {"num_experts": 4, "top_k": 1 if published.get("top_k") == 1 else 2, "jitter": 0.0, "min_capacity": 1}
+    return {name: value for name, value in wanted.items() if name in published}
+
+
+OPTIONS = {recipe: options_of(recipe) for recipe in recipes.names()}
 
 
 def build(family: str, **changes: Any) -> PreTrainedModel:
@@ -54,6 +65,13 @@ def build(family: str, **changes: Any) -> PreTrainedModel:
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "initializer_range": 0.1}
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return GPT2LMHeadModel(GPT2Config(**sizes | dropout | common | changes)).eval()
+    if family == "jamba":
+        pattern = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 4}
+        sizes = {name: value for name, value in llama.items() if name != "head_dim"}
+        return JambaForCausalLM(JambaConfig(**sizes | pattern | changes)).eval()
+    if family == "lstm":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "initializer_range": 0.1}
+        return LstmForCausalLM(LstmConfig(**sizes | common | changes)).eval()
     if family == "t5":
         sizes = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
         common = common | {"decoder_start_token_id": 0, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}

@@ -34,8 +34,12 @@ torch.cuda.is_available = lambda: False
 import moesaic
 used = []
 for name in moesaic.recipes.names():
-    layer = moesaic.recipes.get(name).layer(8, hidden=6, num_experts=4, top_k=2)
-    layer(torch.randn(5, 8))[0].sum().backward()
+    recipe = moesaic.recipes.get(name)
+    sizes = {"num_experts": 8, "top_k": 1 if recipe.options.get("top_k") == 1 else 2, "vocab_size": 9}
+    layer = recipe.layer(8, hidden=6, **{key: size for key, size in sizes.items() if key in recipe.options})
+    zeros_T = torch.zeros(5, dtype=torch.int64)
+    context = moesaic.Context(sequence_T=zeros_T, id_T=zeros_T, domain_T=zeros_T)
+    layer(torch.randn(5, 8, requires_grad=True), None, context)[0].sum().backward()
     used.append(name)
 print(json.dumps({"used": used, "cuda": torch.cuda.is_initialized()}))
 """

@@ -35,6 +35,16 @@ def test_loads_by_domain_add_up_to_the_load_unknown_domains_included(random_trac
     assert np.nansum(by_domain[0, 0]) == (trace.where(trace.domain == 0).layer == 0).sum()
 
 
+def test_experts_per_token_is_top_k_or_its_average(make_trace, random_trace):
+    np.testing.assert_array_equal(metrics.experts_per_token(random_trace(top_k=3)), [3, 3])
+    # Layer 0: three experts and one; layer 1: one for the second token, none for the first; layer 2: nothing.
+    rows = [(0, 0, 0, 0, 65, 0, 0), (0, 0, 0, 1, 65, 1, 0), (0, 0, 0, 2, 65, 2, 0), (0, 1, 0, 0, 66, 0, 0),
+            (0, 1, 1, 0, 66, 3, 0)]  # fmt: skip
+    trace = make_trace(rows, num_experts=(4, 4, 4), top_k=None)
+    np.testing.assert_array_equal(metrics.experts_per_token(trace), [2, 1, np.nan])
+    assert trace.num_tokens == 2
+
+
 def test_an_expert_without_a_row_counts_in_the_mean(make_trace):
     # Three of four experts share six rows evenly: 2 over a mean of 6 / 4, not of 6 / 3.
     trace = make_trace([(0, number, 0, 0, 65, number % 3, 0) for number in range(6)])

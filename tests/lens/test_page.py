@@ -200,6 +200,39 @@ def test_layers_of_any_and_of_different_sizes_make_a_page(tmp_path, random_trace
     assert "top " in seen.text()
 
 
+def with_choices(trace, keep, top_k=None):
+    """The rows at which ``keep`` is True, as of a router that takes as many experts as it likes."""
+    return replace(trace.where(keep), metadata=replace(trace.metadata, top_k=top_k))
+
+
+@pytest.mark.slow
+def test_tokens_with_different_numbers_of_experts_make_a_page(tmp_path, random_trace):
+    """One, two or three experts, and in one layer none at all for some tokens, as expert choice has it."""
+    whole = random_trace(top_k=3)
+    some = (whole.choice <= whole.position % 3) & ((whole.layer == 0) | (whole.position % 4 > 0))
+    trace = with_choices(whole, some)
+    seen = Outline(report(trace, tmp_path).read_text(encoding="utf-8"))
+    assert seen.open == []
+    average = np.mean([(trace.layer == layer).sum() / len(np.unique(place(trace, layer))) for layer in (0, 1)])
+    assert f"4 experts, {average:.3g} for a token on average" in seen.text()
+    assert "choices for each token" not in seen.text()
+    assert "None" not in seen.text()
+
+
+def place(trace, layer):
+    return (trace.sequence * 10_000 + trace.position)[trace.layer == layer]
+
+
+@pytest.mark.slow
+def test_every_expert_for_every_token_makes_a_page(tmp_path, random_trace):
+    trace = random_trace(top_k=4)
+    seen = Outline(report(trace, tmp_path).read_text(encoding="utf-8"))
+    assert seen.open == []
+    assert "4 experts, all for every token" in seen.text()
+    assert "With 4 choices for each token, 25 % means that the expert takes it every time." in seen.text()
+    assert "takes 1.00 times the average load" in seen.text()
+
+
 @pytest.mark.slow
 def test_more_layers_than_the_page_shows_are_thinned_and_counted(tmp_path, random_trace):
     trace = random_trace(num_experts=(3,) * 20, num_sequences=3, length=8)

@@ -37,6 +37,36 @@ def sequence(table: Table, tokens: list[int], sequences: list[int]) -> Tensor:
     return sum(losses) / len(losses) if losses else _zero(table)
 
 
+def gshard(table: Table, tokens: list[int]) -> Tensor:
+    """``E * sum_e f_e P_e`` where f counts each token's first choice alone."""
+    if not tokens:
+        return _zero(table)
+    num_experts = len(table.scores[0])
+    total = _zero(table)
+    for e in range(num_experts):
+        first = sum(row.choice == 0 and row.expert == e for row in table.rows if row.token in tokens)
+        mean = sum(table.scores[t][e] / sum(table.scores[t]) for t in tokens) / len(tokens)
+        total = total + first / len(tokens) * mean
+    return num_experts * total
+
+
+def squared_variation(values: list[Tensor]) -> Tensor:
+    """Variance over the number of values, over the squared mean; 0 if all are 0."""
+    mean = sum(values) / len(values)
+    if mean.item() == 0:
+        return 0 * mean
+    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2
+
+
+def importance(table: Table, tokens: list[int]) -> Tensor:
+    """Squared variation of what the weights of each expert add up to."""
+    sums = [_zero(table) for _ in table.scores[0]] if table.scores else [torch.zeros((), dtype=torch.float64)]
+    for row in table.rows:
+        if row.token in tokens:
+            sums[row.expert] = sums[row.expert] + row.weight
+    return squared_variation(sums)
+
+
 def z(table: Table, tokens: list[int]) -> Tensor:
     """Mean over tokens of the squared logarithm of the sum of exponentials."""
     squares = [sum(logit.exp() for logit in table.logits[t]).log() ** 2 for t in tokens]

@@ -1,14 +1,13 @@
 """Each recipe against the plain loops: the same rows, weights, outputs, losses and every gradient, in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from moesaic import Routing, recipes
-from tests.laws.settings import WIDTH, Setting, every_setting, plain, some_padding, tokens
-from tests.oracle.recipes import ORACLES, Answer
+from tests.laws.settings import SETTINGS, WIDTH, Setting, context_for, every_setting, plain, some_padding, tokens
+from tests.oracle.case import Answer, Case
+from tests.oracle.recipes import ORACLES
 from tests.tolerances import assert_close
 
 SIZES = (0, 1, 7, 63)
@@ -39,13 +38,24 @@ def _compare(setting: Setting, num_tokens: int, *, padded: bool, training: bool,
     x_TD = tokens(num_tokens, dtype=torch.float64).requires_grad_()
     x_oracle_TD = x_TD.detach().clone().requires_grad_()
     valid_T = some_padding(num_tokens) if padded else None
-    sequence_T = torch.arange(num_tokens) // 5
-    valid = [True] * num_tokens if valid_T is None else valid_T.tolist()
+    context = context_for(num_tokens, setting)
+    case = Case(
+        x=x_oracle_TD,
+        valid=[True] * num_tokens if valid_T is None else valid_T.tolist(),
+        sequences=context.sequence_T.tolist(),
+        ids=context.id_T.tolist(),
+        domains=context.domain_T.tolist(),
+        below=context.below_TE,
+        training=training,
+    )
 
-    y_TD, routing = layer(x_TD, valid_T)
-    routing = replace(routing, sequence_T=sequence_T)
-    oracle = ORACLES[setting.recipe_name]
-    answer = oracle(x_oracle_TD, weights, valid, sequence_T.tolist(), training, setting.options)
+    # Whoever draws random numbers draws the same ones.
+    torch.manual_seed(seed + 1000)
+    y_TD, routing = layer(x_TD, valid_T, context)
+    routing = setting.rewarded(routing)
+    case.rewards = routing.extras.get("reward_T", torch.zeros(num_tokens)).tolist()
+    torch.manual_seed(seed + 1000)
+    answer = ORACLES[setting.recipe_name](case, weights, setting.options)
 
     _assert_same_table(routing, answer)
     assert_close(y_TD, answer.y, "y_TD")
@@ -59,6 +69,8 @@ def _compare(setting: Setting, num_tokens: int, *, padded: bool, training: bool,
     total_oracle.backward()
     assert_close(x_TD.grad, x_oracle_TD.grad if num_tokens else x_TD, "gradient of x_TD")
     for name, parameter in layer.named_parameters():
+        if not parameter.requires_grad:
+            continue
         expected = weights[name].grad
         assert parameter.grad is not None, f"{name} has no gradient"
         assert_close(parameter.grad, torch.zeros_like(parameter) if expected is None else expected, f"grad of {name}")
@@ -66,14 +78,14 @@ def _compare(setting: Setting, num_tokens: int, *, padded: bool, training: bool,
 
 @pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padded"])
 @pytest.mark.parametrize("num_tokens", SIZES)
-@every_setting()
+@every_setting(*SETTINGS)
 def test_every_recipe_agrees_with_plain_loops_in_rows_outputs_losses_and_gradients(setting, num_tokens, padded):
     for seed in range(1 if num_tokens in (0, 63) else 3):
         _compare(setting, num_tokens, padded=padded, training=True, kernel="auto", seed=seed)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
-@every_setting()
+@every_setting(*SETTINGS)
 def test_every_recipe_agrees_with_plain_loops_on_the_reference_kernel_and_in_evaluation(setting, training):
     for seed in range(2):
         _compare(setting, 17, padded=True, training=training, kernel="reference", seed=100 + seed)
@@ -85,6 +97,11 @@ def test_every_recipe_has_an_oracle_and_every_oracle_a_recipe():
 
 def test_numbers_compared_with_the_oracle_are_far_from_zero():
     for name in recipes.names():
-        y_TD, routing = plain(name).deterministic_layer().double().eval()(tokens(63, WIDTH, torch.float64))
+        y_TD, routing = (
+            plain(name)
+            .deterministic_layer()
+            .double()
+            .eval()(tokens(63, WIDTH, torch.float64), None, context_for(63, plain(name)))
+        )
         assert y_TD.abs().mean() > 0.1
         assert routing.logits_TE.std() > 0.5

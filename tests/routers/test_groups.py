@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic import ConfigError
-from moesaic.routers import GroupLimit
+from moesaic.routers import GroupLimit, TopKRouter
 from tests.oracle.router import in_best_groups
 
 
@@ -71,3 +71,21 @@ def test_a_group_score_that_nobody_published_is_refused(best_per_group):
     assert str(error.value) == (
         f"best_per_group must be 1 or 2, got {best_per_group}. DeepSeek-V2 uses 1, DeepSeek-V3 uses 2."
     )
+
+
+def test_groups_say_which_device_each_expert_lives_on_and_how_many_a_token_may_visit():
+    for groups_kept, top_k, visits in ((3, 6, 3), (3, 2, 2), (1, 2, 1)):
+        limit = GroupLimit(num_groups=4, groups_kept=groups_kept, best_per_group=1)
+        extras = TopKRouter(5, 12, top_k=top_k, groups=limit)(torch.zeros(2, 5)).extras
+        assert extras["device_E"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert int(extras["devices_per_token"]) == visits
+    assert TopKRouter(5, 12, top_k=2)(torch.zeros(2, 5)).extras == {}
+
+
+def test_groups_by_their_best_expert_stay_apart_where_scores_underflow():
+    limit = GroupLimit(num_groups=4, groups_kept=2, best_per_group=1)
+    router = TopKRouter(1, 8, top_k=3, normalize="scores", groups=limit)
+    with torch.no_grad():
+        router.weight[:, 0] = torch.tensor([-500.0, -400, -300, -200, -900, -800, 0, -600])
+    # Softmax gives expert 6 all and the others 0: by scores, group 0 would tie with group 1 and win.
+    assert router(torch.ones(1, 1)).expert_N.tolist() == [6, 3, 2]

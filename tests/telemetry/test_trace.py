@@ -115,15 +115,31 @@ def test_joined_traces_keep_their_sequences_apart_and_their_domains_by_name():
 
 
 def test_traces_of_different_models_do_not_join():
-    other = replace(written(), metadata=replace(METADATA, top_k=7))
+    other = replace(written(), metadata=replace(METADATA, token_text=("b",)))
     with pytest.raises(ConfigError) as error:
         RoutingTrace.concatenate([written(), other])
     assert str(error.value) == (
-        "Only traces of one model can be joined, but trace 1 has another top_k than trace 0. "
+        "Only traces of one model can be joined, but trace 1 has another token_text than trace 0. "
         "Join traces that were recorded from the same model and tokenizer."
     )
     with pytest.raises(ConfigError, match=r"^concatenate needs at least one trace, got none\.$"):
         RoutingTrace.concatenate([])
+
+
+@pytest.mark.parametrize(("first", "second", "joined"), [(2, 2, 2), (2, 1, None), (2, None, None), (None, None, None)])
+def test_joined_traces_have_a_number_of_choices_if_all_have_the_same(first, second, joined):
+    traces = [replace(written(), metadata=replace(METADATA, top_k=top_k)) for top_k in (first, second)]
+    assert RoutingTrace.concatenate(traces).metadata.top_k == joined
+
+
+def test_a_trace_without_a_number_of_choices_comes_back_from_disk(tmp_path):
+    trace = replace(written(), metadata=replace(METADATA, top_k=None))
+    assert_same(RoutingTrace.load(trace.save(tmp_path / "trace.parquet")), trace)
+
+
+def test_a_trace_of_schema_1_is_read(tmp_path):
+    old = replace(written(), metadata=replace(METADATA, schema_version=1))
+    assert_same(RoutingTrace.load(old.save(tmp_path / "trace.parquet")), old)
 
 
 def test_columns_that_point_outside_the_metadata_are_refused():

@@ -29,7 +29,14 @@ def _of_recipe(name):
 
 
 # Balance losses are weighed far above what recipes ask for, so that a wrong factor is not lost in the rest.
-_LOUD = {"mixtral": {"switch": 0.5}, "switch": {"switch": 0.5}, "deepseek-v3": {"sequence": 0.5}}
+_LOUD = {
+    "mixtral": {"switch": 0.5},
+    "switch": {"switch": 0.5},
+    "deepseek-v3": {"sequence": 0.5},
+    "relu": {"l1": 1e7},
+}
+# Each has a loss of another kind, and draws nothing at random in training.
+OWN_LOSS = ("switch", "mixtral", "deepseek-v3", "relu")
 _OFF = {"mixtral": {"switch": 0.0}, "deepseek-v3": {"sequence": 0.0}}
 CASES = {
     # Sums over tokens or means over sequences: as one process with the batches of both.
@@ -39,8 +46,17 @@ CASES = {
     "accumulated": {**_of_recipe("mixtral"), "aux_coefficients": _OFF["mixtral"], "grad_accumulation": 2},
     "idle experts": {**_of_recipe("mixtral"), "aux_coefficients": _OFF["mixtral"], "num_experts": 64},
     # Statistics of a batch: the mean over ranks, weighted by predicted tokens.
-    **{f"batch, {name}": {**_of_recipe(name), "aux_coefficients": _LOUD.get(name, {})} for name in recipes.names()},
+    **{f"batch, {name}": {**_of_recipe(name), "aux_coefficients": _LOUD[name]} for name in OWN_LOSS},
     "batch, uneven": {**_of_recipe("mixtral"), "aux_coefficients": _LOUD["mixtral"], "uneven": True},
+    # The load is that of all ranks and of the step so far.
+    "global batch": {**_of_recipe("qwen3-moe"), "aux_coefficients": {"global-batch": 0.5}},
+    "global batch, accumulated": {
+        **_of_recipe("qwen3-moe"),
+        "aux_coefficients": {"global-batch": 0.5},
+        "grad_accumulation": 2,
+    },
+    # One coefficient for all layers.
+    "sparsity": {**_of_recipe("relu"), "aux_coefficients": {"l1": 0.0}, "uneven": True},
     "own buffers": {**_of_recipe("deepseek-v3"), "aux_coefficients": _LOUD["deepseek-v3"], "broadcast": False},
 }
 
@@ -65,7 +81,7 @@ def sequences(case):
 
 
 class Keep(TrainerCallback):
-    """Keeps the gradients of the first step, and the selection biases after each."""
+    """Keeps the gradients of the first step, and what controllers move after each."""
 
     def __init__(self):
         self.gradients = {}
@@ -77,7 +93,8 @@ class Keep(TrainerCallback):
             self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        found = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("bias_E")}
+        moved = ("bias_E", "moe.coefficient")
+        found = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(moved)}
         self.biases |= {f"bias {state.global_step} {name}": bias_E for name, bias_E in found.items()}
 
 

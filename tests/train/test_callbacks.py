@@ -6,6 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from moesaic import ConfigError, hf
 from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
+from moesaic.dispatch import Capacity, Sort
 from moesaic.train import BalanceCallback, HistoryCallback, InterruptCallback, MoeTrainer, ProgressCallback, history
 from moesaic.train.build import build_model
 from moesaic.train.order import collate
@@ -47,19 +48,72 @@ def test_controllers_step_once_per_optimizer_step_on_the_load_of_all_micro_batch
 
     real = BiasController.step
 
-    def step(self, load_E):
-        stepped.append(load_E.clone())
+    def step(self, load_E, *, kept_E, num_tokens):
+        stepped.append((load_E.clone(), kept_E.clone(), num_tokens))
         real(self, load_E)
 
     monkeypatch.setattr(BiasController, "step", step)
     trainer = plain([BalanceCallback()])
     trainer.train()
     # 4 steps, 2 layers; each step routes 2 micro-batches of 3 sequences of 24 tokens to 2 experts.
-    assert [int(load_E.sum()) for load_E in stepped] == [2 * 3 * 24 * 2] * 8
+    num_tokens = 2 * 3 * 24
+    assert [(int(load_E.sum()), int(kept_E.sum()), count) for load_E, kept_E, count in stepped] == [
+        (2 * num_tokens, 2 * num_tokens, num_tokens)
+    ] * 8
     for bias_E in biases(trainer.model).values():
         assert bias_E.dtype == torch.float32
         assert bias_E.abs().max() > 0
         assert bias_E.sum().abs() < 1e-6
+
+
+def test_the_load_of_the_global_batch_grows_with_each_micro_batch_and_begins_anew_with_each_step(plain, monkeypatch):
+    from moesaic.hf import GlobalBatch
+
+    real, seen = GlobalBatch.batch_load_E, []
+
+    def batch_load_E(self, block, load_E):
+        total_E = real(self, block, load_E)
+        seen.append(int(total_E.sum()))
+        return total_E
+
+    monkeypatch.setattr(GlobalBatch, "batch_load_E", batch_load_E)
+    callback = BalanceCallback()
+    trainer = plain([callback], recipe="qwen3-moe", eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    rows = 3 * 24 * 2
+    assert seen == [rows, rows, 2 * rows, 2 * rows] * 4
+    callback.close()
+    trainer.model.train()(torch.randint(256, (3, 24)))
+    assert len(seen) == 4 * 4
+
+
+def test_one_controller_for_all_layers_gets_their_loads_end_to_end(plain, monkeypatch):
+    from moesaic.balance import SparsityController
+
+    real, stepped, coefficients = SparsityController.step, [], []
+
+    def step(self, load_E, *, kept_E, num_tokens):
+        stepped.append((len(load_E), len(kept_E), num_tokens))
+        real(self, load_E, num_tokens=num_tokens)
+        coefficients.append([float(layer.coefficient) for layer in self.layers])
+
+    monkeypatch.setattr(SparsityController, "step", step)
+    trainer = plain([BalanceCallback()], recipe="relu")
+    trainer.train()
+    assert stepped == [(2 * 4, 2 * 4, 2 * 2 * 3 * 24)] * 4
+    assert all(first == second for first, second in coefficients)
+    assert len({first for first, _ in coefficients}) > 1
+
+
+def test_rows_that_a_capacity_drops_move_the_coefficient_of_their_layer(plain):
+    trainer = plain([BalanceCallback()], recipe="skywork", learning_rate=0.0)
+    layers = list(hf.moe_layers(trainer.model).values())
+    layers[0].dispatch = Capacity(0.25, minimum=1)
+    layers[1].dispatch = Sort()
+    before = [float(layer.coefficient) for layer in layers]
+    trainer.train()
+    assert before[0] == before[1]
+    assert float(layers[0].coefficient) > float(layers[1].coefficient)
 
 
 def test_gradient_checkpointing_counts_nothing_twice(plain):

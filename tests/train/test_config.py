@@ -5,6 +5,7 @@ import pytest
 
 from moesaic.core.errors import ConfigError
 from moesaic.train import TrainConfig
+from moesaic.train.config import BACKBONES
 from moesaic.train.presets import PRESETS, preset
 
 WRONG = [
@@ -16,7 +17,26 @@ WRONG = [
     ({"lr": 0.0}, "lr must be a finite number above 0, got 0.0. Raise lr."),
     ({"clip": float("nan")}, "clip must be a finite number above 0, got nan. Raise clip."),
     ({"weight_decay": float("inf")}, "weight_decay must be 0 or more, got inf. Raise weight_decay."),
-    ({"backbone": "t5"}, "backbone must be one of llama, qwen3, gpt2, got 't5'. Pick one of them."),
+    (
+        {"backbone": "bert"},
+        "backbone must be one of llama, qwen3, gpt2, jamba, lstm, t5, got 'bert'. Pick one of them.",
+    ),
+    (
+        {"backbone": "lstm", "heads": 3},
+        "heads are for backbones with attention, which lstm has not, got 3. Leave heads out.",
+    ),
+    (
+        {"backbone": "lstm", "layers": 1},
+        "layers must be at least 2 for lstm, so that the MoE stands between two of them, got 1. Raise layers.",
+    ),
+    (
+        {"backbone": "t5", "context": 25},
+        "context must be even for t5, half of it for the encoder and half for the decoder, got 25. Try context=26.",
+    ),
+    (
+        {"moe_layers": "every-3"},
+        "moe_layers must be all, every-2 or indices such as 1,3, got 'every-3'. Pick one of them.",
+    ),
     ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, got 'int8'. Pick one of them."),
     ({"heads": 12}, "heads must divide width=128, got 12. Try heads=4."),
     (
@@ -59,6 +79,20 @@ def test_settings_that_were_left_open_are_worked_out():
     assert config.eval_tokens == 16384
     assert config.init_std == pytest.approx(0.04)
     assert TrainConfig(out=Path("x"), width=2048).init_std == 0.02
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_has_settings_that_come_back(backbone):
+    config = TrainConfig(out=Path("x"), backbone=backbone, moe_layers="every-2")
+    assert config.heads == (None if backbone == "lstm" else 4)
+    assert TrainConfig.from_settings(json.loads(json.dumps(config.settings())), Path("x")) == config
+
+
+def test_a_run_from_before_there_was_a_choice_of_layers_has_them_all():
+    settings = TrainConfig(out=Path("x")).settings()
+    del settings["moe_layers"]
+    assert TrainConfig.from_settings(settings, Path("x")).sparse_layers == "all"
+    assert TrainConfig(out=Path("x"), moe_layers="0,12").sparse_layers == [0, 12]
 
 
 def test_settings_are_json_and_come_back_equal():

@@ -22,7 +22,7 @@ from moesaic.train.build import build_model
 from moesaic.train.order import SeededOrder
 from tests.tolerances import assert_close
 
-from .ranks_worker import BATCH, CASES, config_of, evaluations, launch, sequences, two_steps
+from .ranks_worker import BATCH, CASES, OWN_LOSS, config_of, evaluations, launch, sequences, two_steps
 from .runs import assert_equal_runs
 
 pytestmark = pytest.mark.slow
@@ -71,11 +71,31 @@ def test_all_ranks_hold_the_same_gradients_and_biases(pair, case):
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize("case", ["tokens", "tokens, bias", "sequences", "accumulated", "idle experts"])
+@pytest.mark.parametrize(
+    "case", ["tokens", "tokens, bias", "sequences", "accumulated", "idle experts", "global batch", "sparsity"]
+)
 def test_two_ranks_have_the_gradient_of_one_with_the_batches_of_both(pair, case, tmp_path):
     accumulation = config_of(case, tmp_path).grad_accumulation
     whole = two_steps(case, tmp_path, batch_size=2 * BATCH * accumulation, grad_accumulation=1)
     assert_gradients_close(of_rank(pair, case), whole)
+
+
+def test_micro_batches_of_all_ranks_share_the_load_of_the_step_so_far(pair, tmp_path):
+    """Reference, 17.1 and 17.4 (3), (4): as one process whose micro-batches are those of both."""
+    case = "global batch, accumulated"
+    assert_gradients_close(of_rank(pair, case), two_steps(case, tmp_path, batch_size=2 * BATCH))
+    without_buffer = two_steps(case, tmp_path, batch_size=4 * BATCH, grad_accumulation=1)
+    with pytest.raises(AssertionError):
+        assert_gradients_close(of_rank(pair, case), without_buffer)
+
+
+def test_one_coefficient_for_all_layers_follows_the_load_of_all_ranks(pair, tmp_path):
+    whole = two_steps("sparsity", tmp_path, batch_size=2 * BATCH)
+    names = [name for name in whole if name.endswith("coefficient")]
+    assert len(names) == 2 * 2
+    assert all(torch.equal(of_rank(pair, "sparsity")[name], whole[name]) for name in names)
+    published = recipes.get("relu").options["coefficient"]
+    assert float(whole[names[0]]) != pytest.approx(published)
 
 
 def test_an_expert_without_rows_on_any_rank_has_a_gradient_of_zero(pair):
@@ -87,7 +107,7 @@ def test_an_expert_without_rows_on_any_rank_has_a_gradient_of_zero(pair):
         assert 0 < int(idle_E.sum()) < 64
 
 
-@pytest.mark.parametrize("case", [*(f"batch, {name}" for name in recipes.names()), "batch, uneven"])
+@pytest.mark.parametrize("case", [*(f"batch, {name}" for name in OWN_LOSS), "batch, uneven"])
 def test_the_balance_loss_is_the_mean_of_the_ranks_own(pair, case, tmp_path):
     assert_gradients_close(of_rank(pair, case), per_rank(case, tmp_path))
 

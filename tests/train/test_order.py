@@ -30,3 +30,5 @@ def test_the_mask_is_left_out_where_nothing_is_padded():
     padded = {**full, "attention_mask": torch.tensor([1, 1, 0])}
     assert set(collate([full, full])) == {"input_ids", "labels"}
     assert collate([full, padded])["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    decoder = {**full, "decoder_attention_mask": padded["attention_mask"], "domain": torch.tensor(1)}
+    assert set(collate([decoder])) == {"input_ids", "labels", "decoder_attention_mask"}

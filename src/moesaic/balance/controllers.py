@@ -10,6 +10,20 @@ from torch import Tensor
 from moesaic.core.errors import ConfigError, ShapeError
 
 
+class Controller(Protocol):
+    """Steers load without a gradient: stepped once per optimizer step, never in evaluation."""
+
+    def step(self, load_E: Tensor, *, kept_E: Tensor | None = None, num_tokens: int | None = None) -> None:
+        """Move the state once.
+
+        Args:
+            load_E: rows that the router gave each expert, summed over everything that the optimizer step saw:
+                micro-batches and ranks. A controller of several layers gets their loads one after the other.
+            kept_E: those of them that dispatch kept; None says all.
+            num_tokens: tokens that the step saw, padding left out, summed over the controller's layers.
+        """
+
+
 class Biased(Protocol):
     """A router that adds a bias to its scores when it selects, and never to its weights."""
 
@@ -49,11 +63,13 @@ class BiasController:
         self.rule = rule
 
     @torch.no_grad()
-    def step(self, load_E: Tensor) -> None:
+    def step(self, load_E: Tensor, *, kept_E: Tensor | None = None, num_tokens: int | None = None) -> None:
         """Move the bias once.
 
         Args:
             load_E: rows per expert, summed over everything that the optimizer step saw: micro-batches and ranks.
+            kept_E: not read.
+            num_tokens: not read.
         Raises:
             ShapeError: if there is not one load for each expert.
         """

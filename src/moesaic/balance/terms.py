@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from moesaic.balance.controllers import BiasController, Biased
-from moesaic.core.routing import Routing
+from moesaic.balance.controllers import BiasController, Controller
+from moesaic.core.routing import Routing, missing_extra
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,15 +20,40 @@ class LossTerm:
         name: what logs and settings call it.
         loss: a pure function of one layer's Routing.
         coefficient: what the loss is multiplied by before it joins the training loss.
+        adaptive: multiply by the layer's own coefficient too, ``routing.extras["coefficient"]``, which a controller
+            moves.
+        rewarded: the loss reads ``routing.extras["reward_T"]``, minus the model's own loss at each token, so it waits
+            for the model's output. Tokens without one are not among the valid ones of the routing that it gets.
     """
 
     name: str
     loss: Callable[[Routing], Tensor]
     coefficient: float
+    adaptive: bool = False
+    rewarded: bool = False
+
+    def scale(self, routing: Routing) -> float | Tensor:
+        """What this layer's loss is multiplied by.
+
+        Raises:
+            ConfigError: if the term is adaptive and the layer was built without a coefficient.
+        """
+        if not self.adaptive:
+            return self.coefficient
+        if "coefficient" not in routing.extras:
+            raise missing_extra("coefficient", f"adaptive loss {self.name}", "a layer built with coefficient=")
+        return self.coefficient * routing.extras["coefficient"]
 
     def __call__(self, routing: Routing) -> Tensor:
         """The loss times its coefficient."""
-        return self.coefficient * self.loss(routing)
+        return self.scale(routing) * self.loss(routing)
+
+
+class Rule(Protocol):
+    """Builds the controllers of a model: balance that works without a gradient."""
+
+    def build(self, layers: Sequence[nn.Module]) -> list[Controller]:
+        """One controller for each layer, in their order; or one for all of them together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +63,9 @@ class BiasRule:
     rate: float = 1e-3
     rule: Literal["sign", "proportional"] = "sign"
 
-    def build(self, router: Biased) -> BiasController:
-        """The controller of one layer's router."""
-        return BiasController(router, rate=self.rate, rule=self.rule)
+    def build(self, layers: Sequence[nn.Module]) -> list[Controller]:
+        """A controller for each layer's router."""
+        return [BiasController(layer.router, rate=self.rate, rule=self.rule) for layer in layers]  # type: ignore[arg-type]
 
 
-BalanceTerm = LossTerm | BiasRule
+BalanceTerm = LossTerm | Rule

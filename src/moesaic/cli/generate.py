@@ -40,9 +40,8 @@ def generate(
     if not as_json:
         print(prompt, end="", flush=True)
     start_s = time.perf_counter()
-    output = _generate(
-        trained, input_ids, seed, None if as_json else _Screen(trained, len(input_ids)), max_new_tokens, sampling
-    )
+    screen = None if as_json else _Screen(trained, _num_given(trained, input_ids))
+    output = _generate(trained, input_ids, seed, screen, max_new_tokens, sampling)
     spent_s = time.perf_counter() - start_s
     text = trained.tokenizer.decode(output, skip_special_tokens=True)
     if as_json:
@@ -59,6 +58,10 @@ def _encode(trained: Trained, prompt: str, max_new_tokens: int) -> list[int]:
     config = trained.model.config
     longest = int(getattr(config, "max_position_embeddings", 0) or 0)
     wanted = len(input_ids) + max_new_tokens
+    if config.is_encoder_decoder:
+        # Each stack has read half of the context in training; T5's relative positions set no limit.
+        longest = trained.run.config.context // 2 if trained.run else 0
+        wanted = max(len(input_ids), max_new_tokens)
     is_absolute = hasattr(config, "n_positions")
     if is_absolute and wanted > longest:
         left = longest - len(input_ids)
@@ -94,8 +97,13 @@ def _generate(
             streamer=streamer,
             **sampling,
         )
-    new: list[int] = output[0, len(input_ids) :].tolist()
+    new: list[int] = output[0, _num_given(trained, input_ids) :].tolist()
     return new
+
+
+def _num_given(trained: Trained, input_ids: list[int]) -> int:
+    """Tokens before the first new one: the prompt; or, where an encoder reads that, the one the decoder starts from."""
+    return 1 if trained.model.config.is_encoder_decoder else len(input_ids)
 
 
 class _Screen:

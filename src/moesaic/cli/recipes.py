@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +21,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_SETTINGS = ("num_experts", "top_k")
+_CAUSALITY = {
+    "causal": "no",
+    "in evaluation": "in training only; evaluation and generation use the causal form of its paper",
+    "never": "always, so nothing can be generated from a causal language model of it",
+}
 
 
 @app.callback()
@@ -36,11 +47,13 @@ def list_recipes(
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title="moesaic train --recipe NAME")
-    for column in ("name", "year", "what it does"):
-        drawn.add_column(column)
+    drawn = Table(title="moesaic train --recipe NAME", show_lines=True)
+    for column in ("name", "year", "how tokens find experts", "balance", "where it was published"):
+        # Names are typed: they must not be broken.
+        drawn.add_column(column, no_wrap=column in ("name", "year"))
     for recipe in found:
-        drawn.add_row(recipe.name, str(recipe.year), recipe.summary)
+        balance = ", ".join(_short(term) for term in _figures(recipe)["balance"]) or "none"
+        drawn.add_row(recipe.name, str(recipe.year), recipe.router, balance, recipe.citation)
     Console().print(drawn)
 
 
@@ -49,30 +62,56 @@ def show(
     name: Annotated[str, typer.Argument(help="Of the recipe.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show one recipe: its source, its options with their defaults, its balance terms."""
+    """Show one recipe: formula, options with their defaults and sources, balance, and where implementations differ."""
     from moesaic import recipes
 
-    figures = _figures(recipes.get(name))
+    recipe = recipes.get(name)
     if as_json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(_figures(recipe), indent=1))
         return
-    print(f"{figures['name']} ({figures['year']}): {figures['summary']}\n{figures['citation']}")
-    options = dict(figures["options"])
-    print("\nSettings of moesaic train, with what was published:")
-    for key in ("num_experts", "top_k"):
-        print(f"  --{key.replace('_', '-')} {options.pop(key)}")
-    print("\nOptions, with --option key=value (null: worked out from the others):")
-    for key, default in options.items():
-        print(f"  {key}={json.dumps(default)}")
-    print("\nBalance:")
-    for term in figures["balance"]:
-        print(f"  {_in_words(term)}")
+    print("\n".join(_page(recipe)))
+
+
+def _page(recipe: Recipe) -> Iterator[str]:
+    yield f"{recipe.name} ({recipe.year}): {recipe.summary}"
+    yield recipe.citation
+    yield ""
+    yield from recipe.formula.splitlines()
+    yield ""
+    yield f"Looks at later tokens: {_CAUSALITY[recipe.causality]}"
+    options = dict(recipe.options)
+    sizes = [(f"--{key.replace('_', '-')} {options.pop(key)}", key) for key in _SETTINGS if key in options]
+    yield "\nSettings of moesaic train, with what was published:"
+    yield from _lines(recipe, sizes)
+    yield "\nOptions, with --option key=value (null: worked out from the others):"
+    yield from _lines(recipe, [(f"{key}={json.dumps(default)}", key) for key, default in options.items()])
+    yield "\nBalance:"
+    yield from [f"  {_in_words(term)}" for term in _figures(recipe)["balance"]] or ["  none"]
+    if recipe.differences:
+        yield "\nWhere implementations differ:"
+        yield from fill(recipe.differences, 100, initial_indent="  ", subsequent_indent="  ").splitlines()
+
+
+def _lines(recipe: Recipe, options: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Each option as it is typed, and where its default comes from."""
+    width = max((len(typed) for typed, _ in options), default=0)
+    for typed, key in options:
+        yield f"  {typed:<{width}}  {recipe.sources.get(key, '')}".rstrip()
 
 
 def _in_words(term: dict[str, Any]) -> str:
     if term["kind"] == "LossTerm":
-        return f"{term['loss']}, times {term['coefficient']}; another coefficient with --aux {term['name']}=NUMBER"
-    return f"selection bias, stepped once per optimizer step: rule {term['rule']}, rate {term['rate']}"
+        factor = f"times {term['coefficient']}" + (", times a coefficient that follows the load" * term["adaptive"])
+        return f"{term['loss']}, {factor}; another coefficient with --aux {term['name']}=NUMBER"
+    numbers = ", ".join(f"{key} {value}" for key, value in term.items() if key != "kind")
+    return f"{_short(term)}, stepped once per optimizer step: {numbers}"
+
+
+def _short(term: dict[str, Any]) -> str:
+    """A term in a word: the loss's name, or the rule's without its suffix."""
+    return (
+        str(term["name"]) if term["kind"] == "LossTerm" else f"{term['kind'].removesuffix('Rule').lower()} controller"
+    )
 
 
 def _figures(recipe: Recipe) -> dict[str, Any]:
@@ -81,15 +120,23 @@ def _figures(recipe: Recipe) -> dict[str, Any]:
         "year": recipe.year,
         "summary": recipe.summary,
         "citation": recipe.citation,
+        "router": recipe.router,
+        "formula": recipe.formula,
+        "causality": recipe.causality,
         "options": recipe.options,
+        "sources": dict(recipe.sources),
+        "differences": recipe.differences,
         "balance": [_term(term) for term in recipe.balance],
     }
 
 
 def _term(term: Any) -> dict[str, Any]:
     """Give a balance term's numbers and names; functions go by their names."""
-    from dataclasses import fields
-
     values = {field.name: getattr(term, field.name) for field in fields(term)}
-    plain = {name: value if isinstance(value, int | float | str) else value.__name__ for name, value in values.items()}
-    return {"kind": type(term).__name__, **plain}
+    return {"kind": type(term).__name__, **{name: _plain(value) for name, value in values.items()}}
+
+
+def _plain(value: Any) -> Any:
+    while isinstance(value, partial):
+        value = value.func
+    return value if isinstance(value, int | float | str | None) else value.__name__

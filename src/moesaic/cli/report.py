@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from moesaic.data import TokenBlocks
+    from moesaic.data import PrefixBlocks, TokenBlocks
     from moesaic.telemetry.trace import RoutingTrace
     from moesaic.train.load import Trained
 
@@ -51,7 +51,7 @@ def headline(trace: RoutingTrace) -> dict[str, Any]:
 
     layers = trace.metadata.layer_names
     return {
-        "tokens": int(trace.num_rows // max(1, trace.metadata.top_k * len(layers))),
+        "tokens": trace.num_tokens,
         "domains": list(metrics.domains(trace)),
         "num_experts": dict(zip(layers, trace.metadata.num_experts, strict=True)),
         "load_max_over_mean": dict(zip(layers, metrics.max_over_mean(trace).tolist(), strict=True)),
@@ -60,9 +60,9 @@ def headline(trace: RoutingTrace) -> dict[str, Any]:
     }
 
 
-def _held_out(trained: Trained, data: str | None) -> TokenBlocks:
+def _held_out(trained: Trained, data: str | None) -> TokenBlocks | PrefixBlocks:
     from moesaic.core.errors import ConfigError
-    from moesaic.data import TokenBlocks, load_corpus
+    from moesaic.data import PrefixBlocks, TokenBlocks, load_corpus
 
     source = data or (trained.run.config.data if trained.run else None)
     if source is None:
@@ -70,19 +70,20 @@ def _held_out(trained: Trained, data: str | None) -> TokenBlocks:
     corpus: Any = load_corpus(source)
     context = trained.run.config.context if trained.run else min(256, _longest(trained))
     # Text that is all of one piece has nothing held out; then what there is must do.
-    return TokenBlocks(corpus.held_out or corpus.train, trained.tokenizer, context)
+    blocks_of = PrefixBlocks if trained.model.config.is_encoder_decoder else TokenBlocks
+    return blocks_of(corpus.held_out or corpus.train, trained.tokenizer, context)
 
 
 def _longest(trained: Trained) -> int:
     return int(getattr(trained.model.config, "max_position_embeddings", 256))
 
 
-def _trace(trained: Trained, blocks: TokenBlocks, tokens: int) -> RoutingTrace:
+def _trace(trained: Trained, blocks: TokenBlocks | PrefixBlocks, tokens: int) -> RoutingTrace:
     import torch
     from rich.console import Console
     from rich.progress import track
 
-    from moesaic.hf import record, trace_domain
+    from moesaic.hf import domains, record
 
     batches = list(_batches(blocks, tokens))
     console = Console(stderr=True)
@@ -93,22 +94,24 @@ def _trace(trained: Trained, blocks: TokenBlocks, tokens: int) -> RoutingTrace:
     ):
         shown = track(batches, "Reading held-out text", console=console, disable=not console.is_terminal)
         for domain, batch in shown:
-            with trace_domain(domain):
+            with domains(domain):
                 model(**batch, use_cache=False)
     return trace
 
 
-def _batches(blocks: TokenBlocks, tokens: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _batches(blocks: TokenBlocks | PrefixBlocks, tokens: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Evenly spread blocks of each domain, in batches of one domain."""
     import torch
 
-    for index, domain in enumerate(blocks.domains):
+    for index in range(len(blocks.domains)):
         mine = [block for block in range(len(blocks)) if int(blocks.domain_B[block]) == index]
         count = min(len(mine), max(1, tokens // blocks.block_size))
         chosen = [mine[position * len(mine) // count] for position in range(count)] if mine else []
         for start in range(0, count if mine else 0, _BATCH):
             items = [blocks[block] for block in chosen[start : start + _BATCH]]
-            yield domain, {name: torch.stack([it[name] for it in items]) for name in ("input_ids", "attention_mask")}
+            # An encoder-decoder makes its decoder's input from the labels; others would work out a loss for nothing.
+            unread = {"domain"} if "decoder_attention_mask" in items[0] else {"domain", "labels"}
+            yield index, {name: torch.stack([it[name] for it in items]) for name in items[0] if name not in unread}
 
 
 def _runs(trained: Trained) -> dict[str, Path]:

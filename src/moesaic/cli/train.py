@@ -28,9 +28,14 @@ def train(
     context: typer.Context,
     out: Annotated[Path, _option(_RUN, "The run folder.", "--out")],
     recipe: Annotated[str | None, _option(_MODEL, "See `moesaic recipes`. [default: mixtral]")] = None,
-    backbone: Annotated[str | None, _option(_MODEL, "llama, qwen3 or gpt2. [default: llama]")] = None,
+    backbone: Annotated[
+        str | None, _option(_MODEL, "llama, qwen3, gpt2, jamba (Mamba and attention), lstm, t5. [default: llama]")
+    ] = None,
     width: Annotated[int | None, _option(_MODEL, "Size of the residual stream. [default: 128]")] = None,
-    layers: Annotated[int | None, _option(_MODEL, "Transformer blocks. [default: 4]")] = None,
+    layers: Annotated[int | None, _option(_MODEL, "Blocks; of each stack in t5. [default: 4]")] = None,
+    moe_layers: Annotated[
+        str | None, _option(_MODEL, "Blocks with an MoE: all, every-2, or indices 1,3. [default: all]")
+    ] = None,
     heads: Annotated[int | None, _option(_MODEL, "Attention heads. [default: width / 32]")] = None,
     hidden: Annotated[int | None, _option(_MODEL, "Hidden size of one expert. [default: 2 * width]")] = None,
     num_experts: Annotated[int | None, _option(_MODEL, "Experts of a layer. [default: the recipe's]")] = None,

@@ -1,5 +1,6 @@
 """The table that everything reads, the plan that sorts it, and the words they share."""
 
+from moesaic.core.context import Context
 from moesaic.core.errors import (
     BackendError,
     CheckpointError,
@@ -16,6 +17,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "ConfigError",
+    "Context",
     "DataError",
     "MoesaicError",
     "Plan",

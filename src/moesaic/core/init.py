@@ -36,3 +36,26 @@ def scaled_by_fan_in(scale: float = 1.0) -> Init:
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     return draw
+
+
+def truncated_normal(std: float, *, deviations: float) -> Init:
+    """Draw from a normal of width ``std`` before it is cut off at this many standard deviations (OLMoE: 3)."""
+
+    def draw(weight: Tensor, _fan_in: int) -> None:
+        nn.init.trunc_normal_(weight, std=std, a=-deviations * std, b=deviations * std)
+
+    return draw
+
+
+def zeros(weight: Tensor, _fan_in: int) -> None:
+    """Start at 0, as the gates of Shazeer 2017 do (appendix A)."""
+    nn.init.zeros_(weight)
+
+
+def orthogonal(gain: float = 1.0) -> Init:
+    """Draw rows, or columns if they are fewer, at right angles and of length ``gain``."""
+
+    def draw(weight: Tensor, _fan_in: int) -> None:
+        nn.init.orthogonal_(weight, gain=gain)
+
+    return draw

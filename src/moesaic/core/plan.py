@@ -56,6 +56,25 @@ class Plan:
             kept_N=kept_N,
         )
 
+    def only(self, start: int, end: int) -> Plan:
+        """The plan of experts ``start`` to ``end - 1`` alone, which become its experts 0, 1 and so on.
+
+        Nothing that waits behind the last expert, padding or dropped, comes along.
+        """
+        before = int(self.offset_E[start - 1]) if start > 0 else 0
+        places = slice(before, int(self.offset_E[end - 1]) if end > start else before)
+        row_N = self.row_N[places]
+        kept_N = torch.zeros_like(self.kept_N)
+        kept_N[row_N] = True
+        return Plan(
+            row_N=row_N,
+            token_N=self.token_N[places],
+            weight_N=self.weight_N[places],
+            load_E=self.load_E[start:end],
+            offset_E=self.offset_E[start:end] - before,
+            kept_N=kept_N,
+        )
+
     @property
     def num_experts(self) -> int:
         """Experts that the plan serves."""

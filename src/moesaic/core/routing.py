@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Routing:
         valid_T: False where a token is padding, bool.
         kept_N: False where a row reaches no expert: padding, or dropped by capacity, bool.
         sequence_T: which sequence each token belongs to, int64; None reads as one sequence.
+        extras: what only some routers know and only their own losses read, by name, such as the smooth load of noisy
+            gates. A loss that needs one says so with a ConfigError where it is missing.
     """
 
     expert_N: Tensor
@@ -39,6 +42,7 @@ class Routing:
     valid_T: Tensor
     kept_N: Tensor
     sequence_T: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_choices(
@@ -80,20 +84,8 @@ class Routing:
                 f"and {tuple(scores_TE.shape)}. Pass the outputs for the same tokens as the choices."
             )
         device = expert_TK.device
-        if valid_T is None:
-            valid_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
-        elif valid_T.shape != (num_tokens,):
-            raise ShapeError(
-                f"valid_T must be ({num_tokens},), one entry for each token, got {tuple(valid_T.shape)}. "
-                "Flatten the attention mask as the tokens were flattened."
-            )
-        elif valid_T.is_floating_point():
-            raise ConfigError(
-                f"valid_T must be bool or integer, True where a token counts, got {valid_T.dtype}. "
-                "A float mask may be additive, where 0 means the opposite: pass mask == 0, or mask.bool()."
-            )
+        valid_T = checked_mask(valid_T, num_tokens, device)
         token_N = torch.arange(num_tokens, device=device).repeat_interleave(top_k)
-        valid_T = valid_T.bool()
         return cls(
             expert_N=expert_TK.reshape(-1).to(torch.int64),
             token_N=token_N,
@@ -103,6 +95,57 @@ class Routing:
             scores_TE=scores_TE,
             valid_T=valid_T,
             kept_N=valid_T[token_N],
+        )
+
+    @classmethod
+    def from_mask(
+        cls,
+        chosen_TE: Tensor,
+        weight_TE: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        valid_T: Tensor | None = None,
+        *,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> Routing:
+        """Build the table of a router that gives each token as many experts as it likes, none included.
+
+        Rows stand in token order, and within a token by falling weight, then rising expert: ``choice_N`` is that rank.
+
+        Args:
+            chosen_TE: True where expert e takes token t.
+            weight_TE: what its output is multiplied by; read where chosen.
+            logits_TE: raw router outputs.
+            scores_TE: scores over all experts.
+            valid_T: False where a token is padding; None when none is.
+            extras: see :class:`Routing`.
+        Raises:
+            ShapeError: if they do not agree on T and E.
+            ConfigError: if ``valid_T`` is a mask of floats.
+        """
+        shapes = {tuple(tensor.shape) for tensor in (chosen_TE, weight_TE, logits_TE, scores_TE)}
+        if len(shapes) > 1 or chosen_TE.ndim != 2:
+            raise ShapeError(
+                f"chosen_TE, weight_TE, logits_TE and scores_TE must all be (tokens, experts), got {sorted(shapes)}. "
+                "Pass all four for the same tokens and experts."
+            )
+        num_tokens, _ = chosen_TE.shape
+        valid_T = checked_mask(valid_T, num_tokens, chosen_TE.device)
+        # Stable sorts, least important key first: by rising expert, by falling weight, chosen before not chosen.
+        order_TE = torch.argsort(weight_TE.detach(), dim=-1, descending=True, stable=True)
+        order_TE = order_TE.gather(1, torch.argsort((~chosen_TE).gather(1, order_TE).int(), dim=-1, stable=True))
+        token_N, choice_N = chosen_TE.gather(1, order_TE).nonzero(as_tuple=True)
+        expert_N = order_TE[token_N, choice_N]
+        return cls(
+            expert_N=expert_N,
+            token_N=token_N,
+            weight_N=weight_TE[token_N, expert_N],
+            choice_N=choice_N,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            valid_T=valid_T,
+            kept_N=valid_T[token_N],
+            extras=extras or {},
         )
 
     @property
@@ -136,6 +179,12 @@ class Routing:
         return load_E.index_add_(0, self.expert_N, self.valid_N.to(torch.int64))
 
     @property
+    def importance_E(self) -> Tensor:
+        """Sum of each expert's weights over valid rows, differentiable (Shazeer 2017, eq. 6)."""
+        importance_E = self.weight_N.new_zeros(self.num_experts)
+        return importance_E.index_add(0, self.expert_N, self.weight_N.masked_fill(~self.valid_N, 0))
+
+    @property
     def probability_TE(self) -> Tensor:
         """Scores divided by their sum over experts, so that each token's add up to 1; differentiable.
 
@@ -149,10 +198,46 @@ class Routing:
         return torch.where(total_T1 > tiny, ratio_TE, self.logits_TE.softmax(dim=-1).to(ratio_TE.dtype))
 
 
+def checked_mask(valid_T: Tensor | None, num_tokens: int, device: torch.device) -> Tensor:
+    """The mask of valid tokens as bool, all True for None.
+
+    Raises:
+        ShapeError: if it does not have one entry for each token.
+        ConfigError: if it holds floats.
+    """
+    if valid_T is None:
+        return torch.ones(num_tokens, dtype=torch.bool, device=device)
+    if valid_T.shape != (num_tokens,):
+        raise ShapeError(
+            f"valid_T must be ({num_tokens},), one entry for each token, got {tuple(valid_T.shape)}. "
+            "Flatten the attention mask as the tokens were flattened."
+        )
+    if valid_T.is_floating_point():
+        raise ConfigError(
+            f"valid_T must be bool or integer, True where a token counts, got {valid_T.dtype}. "
+            "A float mask may be additive, where 0 means the opposite: pass mask == 0, or mask.bool()."
+        )
+    return valid_T.bool()
+
+
+def missing_extra(name: str, who: str, where: str) -> ConfigError:
+    """The error for a loss that needs ``routing.extras[name]`` where the router gave none.
+
+    Args:
+        name: of the extra.
+        who: needs it.
+        where: it comes from.
+    """
+    return ConfigError(
+        f"{who} needs routing.extras[{name!r}], which this routing does not have. It comes from {where}: "
+        "use the two together, or another loss."
+    )
+
+
 _FIELDS = tuple(field.name for field in fields(Routing))
 
 
-def _flatten(routing: Routing) -> tuple[list[Tensor | None], None]:
+def _flatten(routing: Routing) -> tuple[list[Tensor | Mapping[str, Tensor] | None], None]:
     return [getattr(routing, name) for name in _FIELDS], None
 
 

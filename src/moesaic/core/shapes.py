@@ -20,4 +20,5 @@ ALPHABET = {
     "L": "layers",
     "V": "vocabulary",
     "Q": "domains of text",
+    "R": "rank of a low-rank map",
 }

@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from moesaic.data.corpus import Corpus, Document
     from moesaic.data.load import load_corpus
     from moesaic.data.overlap import leakage
+    from moesaic.data.prefix import PrefixBlocks
     from moesaic.data.tokenizer import load_tokenizer
 
-__all__ = ["Corpus", "Document", "TokenBlocks", "leakage", "load_corpus", "load_tokenizer"]
+__all__ = ["Corpus", "Document", "PrefixBlocks", "TokenBlocks", "leakage", "load_corpus", "load_tokenizer"]
 
 _HOME = {
     "Corpus": "moesaic.data.corpus",
     "Document": "moesaic.data.corpus",
+    "PrefixBlocks": "moesaic.data.prefix",
     "TokenBlocks": "moesaic.data.blocks",
     "leakage": "moesaic.data.overlap",
     "load_corpus": "moesaic.data.load",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, normal
 from moesaic.core.plan import Plan
 from moesaic.experts.grouped import run_grouped
@@ -23,11 +26,12 @@ class GatedExperts(nn.Module):
         hidden: F, the hidden width of one expert.
         activation: applied to the gate.
         kernel: "auto", a kernel's name, or a :class:`~moesaic.kernels.grouped_ffn.Kernel`.
+        weigh: multiply an expert's "output" by the row's weight, as nearly all designs do, or its "input" (Llama 4).
         init: draws the initial weights.
     Shape:
         ``(T, D)`` and a plan -> ``(T, D)``.
     Raises:
-        ConfigError: if no kernel has the name.
+        ConfigError: if no kernel has the name, or ``weigh`` is neither.
     """
 
     def __init__(
@@ -38,13 +42,17 @@ class GatedExperts(nn.Module):
         *,
         activation: Activation = silu,
         kernel: Kernel | str = "auto",
+        weigh: Literal["output", "input"] = "output",
         init: Init | None = None,
     ) -> None:
         super().__init__()
         if isinstance(kernel, str):
             require_known(kernel)
+        if weigh not in ("output", "input"):
+            raise ConfigError(f"weigh must be 'output' or 'input', got {weigh!r}. Only Llama 4 weighs the input.")
         self.activation = activation
         self.kernel = kernel
+        self.weigh = weigh
         self.gate_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.up_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, width))
@@ -60,4 +68,5 @@ class GatedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Run each expert over its rows; weigh and add what they return."""
-        return run_grouped(x_TD, plan, self.gate_EDF, self.up_EDF, self.down_EFD, self.activation, self.kernel)
+        stacks = (self.gate_EDF, self.up_EDF, self.down_EFD)
+        return run_grouped(x_TD, plan, *stacks, self.activation, self.kernel, self.weigh)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.core.errors import ShapeError
 from moesaic.core.plan import Plan
@@ -20,6 +22,15 @@ def pick(kernel: Kernel | str, weight: Tensor) -> Choice:
     return choose(kernel, weight.device, weight.dtype)
 
 
+def kernel_report(experts: nn.Module) -> str:
+    """Which kernel some experts run on, and why."""
+    kernel = getattr(experts, "kernel", None)
+    if kernel is None:
+        return f"{type(experts).__name__}: no kernel, each expert runs as its own module"
+    choice = pick(cast("Kernel | str", kernel), next(experts.parameters()))
+    return f"{choice.kernel.name}: {choice.kernel.what}; {choice.reason}"
+
+
 def run_grouped(
     x_TD: Tensor,
     plan: Plan,
@@ -28,9 +39,19 @@ def run_grouped(
     down_EFD: Tensor,
     activation: Activation,
     kernel: Kernel | str,
+    weigh: Literal["output", "input"] = "output",
 ) -> Tensor:
     """Run the grouped feed-forward with the kernel that fits, under autocast in autocast's dtype.
 
+    Args:
+        x_TD: tokens.
+        plan: rows sorted by expert.
+        gate_EDF: gate projections; None for plain experts.
+        up_EDF: up projections.
+        down_EFD: down projections.
+        activation: applied to the gate, or to the up projection where there is no gate.
+        kernel: "auto", a kernel's name, or a kernel.
+        weigh: multiply what comes out of an expert by the row's weight, or what goes in.
     Raises:
         ShapeError: if tokens and experts differ in width, or plan and experts in number.
     """
@@ -49,8 +70,26 @@ def run_grouped(
     with torch.autocast(device, enabled=False):
         up = cast(up_EDF)
         gate = None if gate_EDF is None else cast(gate_EDF)
-        y_TD = pick(kernel, up).kernel.run(cast(x_TD), plan, gate, up, cast(down_EFD), activation)
+        run = pick(kernel, up).kernel.run
+        if weigh == "output":
+            y_TD = run(cast(x_TD), plan, gate, up, cast(down_EFD), activation)
+        else:
+            x_ND, row_plan = _weighed_rows(x_TD, plan)
+            y_ND = run(cast(x_ND), row_plan, gate, up, cast(down_EFD), activation)
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            token_N = plan.token_N[: x_ND.shape[0]]
+            y_TD = torch.zeros_like(x_TD, dtype=wide).index_add(0, token_N, y_ND.to(wide))
     return y_TD.to(x_TD.dtype)
+
+
+def _weighed_rows(x_TD: Tensor, plan: Plan) -> tuple[Tensor, Plan]:
+    """The inputs of the rows that experts work on, each times its weight, and the plan that takes them one by one."""
+    num_rows = int(plan.load_E.sum())
+    weight_N = plan.weight_N[:num_rows, None]
+    # The product in the router's precision, then rounded: rows of padding and dropped ones are not even read.
+    x_ND = (x_TD[plan.token_N[:num_rows]].to(weight_N.dtype) * weight_N).to(x_TD.dtype)
+    row_N = torch.arange(num_rows, device=x_TD.device)
+    return x_ND, replace(plan, row_N=row_N, token_N=row_N, weight_N=torch.ones_like(plan.weight_N[:num_rows]))
 
 
 def _autocast_to(device: str) -> Callable[[Tensor], Tensor]:

@@ -41,8 +41,8 @@ class SequentialExperts(nn.ModuleList):
                 "Build router and experts with the same num_experts."
             )
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        # Attached to the tokens even where no expert gets one, so that what made them gets zeros and not None.
-        y_TD = torch.zeros_like(x_TD, dtype=wide) + x_TD[:0].sum(dtype=wide)
+        # Attached to tokens and weights even where no expert gets a row: what made them gets zeros and not None.
+        y_TD = torch.zeros_like(x_TD, dtype=wide) + x_TD[:0].sum(dtype=wide) + plan.weight_N[:0].sum(dtype=wide)
         ends = plan.offset_E.tolist()
         for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             if start == end:

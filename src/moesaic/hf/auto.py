@@ -45,8 +45,10 @@ def join_auto_classes(config_class: type[Any]) -> None:
     """Let each Auto class that knows the dense model know the sparse one."""
     import transformers.models.auto.modeling_auto as auto
 
+    from moesaic.hf import lstm
     from moesaic.hf.modeling import sparse_class
 
+    lstm.join_auto_classes()
     dense = config_class.dense_class
     for auto_class in vars(auto).values():
         mapping = getattr(auto_class, "_model_mapping", None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic import recipes
-from moesaic.balance import LossTerm
+from moesaic.balance import check
 from moesaic.core.errors import ConfigError
 from moesaic.hf.auto import join_auto_classes
+from moesaic.hf.causality import warn_of_later_tokens
 from moesaic.hf.config import sparse_config
 from moesaic.hf.find import FeedForward, choose, find_feed_forwards
 from moesaic.hf.layers import is_sparse, moe_layers
@@ -27,12 +30,15 @@ def sparsify(
     *,
     layers: str | list[int] = "all",
     hidden: int | None = None,
-    num_experts: int | None = None,
+    num_experts: int | Sequence[int] | None = None,
     top_k: int | None = None,
     aux_coefficients: Mapping[str, float] | None = None,
+    balance: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Model:
     """Replace feed-forward networks of a transformers model by MoE layers with fresh weights, in place.
+
+    Recipes of low-rank experts keep the networks, frozen, and add fresh experts to them.
 
     The model keeps its class's behaviour: ``generate``, Trainer, ``save_pretrained`` and the Auto classes work as
     before. Its ``output.loss`` gains the recipe's balance losses in training. Dropout inside a feed-forward network
@@ -44,16 +50,53 @@ def sparsify(
         layers: "all"; "every-2", the second of each pair of blocks as in GShard and Switch; or indices. They count the
             blocks that have a feed-forward network, in depth order, the decoder's on from the encoder's.
         hidden: F of one expert; None for that of the network it replaces.
-        num_experts: None for the recipe's number.
+        num_experts: None for the recipe's number; a list has one for each MoE layer.
         top_k: None for the recipe's number.
         aux_coefficients: replace the recipe's coefficients, by name of the balance loss.
-        **options: the recipe's options. ``init_std`` is the model's ``initializer_range`` unless given; ``kernel`` is
-            not saved with the model.
+        balance: replaces the recipe's balance: names of :data:`moesaic.balance.TERMS`, each with its number, a loss's
+            coefficient or a controller's rate, as in ``{"switch": 0.01, "z": 1e-3}``; ``{}`` for none.
+        **options: the recipe's options. ``init_std`` is the model's ``initializer_range`` and ``vocab_size`` its own
+            unless given; ``kernel`` is not saved with the model.
     Returns:
         The same model.
     Raises:
-        ConfigError: if the model, the recipe, the layers or an option is not usable; the model is untouched then.
+        ConfigError: if the model, the recipe, the layers or an option is not usable, or a term of ``balance`` does
+            nothing with this recipe's router; the model is untouched then.
+    Warns:
+        UserWarning: if tokens would see later ones in a causal language model.
     """
+    _check_model(model)
+    name = _name_of(recipe)
+    kernel = {"kernel": options.pop("kernel")} if "kernel" in options else {}
+    if top_k is not None:
+        options["top_k"] = top_k
+    options = _from_config(model.config, recipes.get(name)) | options
+
+    chosen = choose(find_feed_forwards(cast(PreTrainedModel, model.base_model)), layers)
+    published = {} if balance is not None else {term.name: term.coefficient for term in recipes.get(name).losses}
+    spec = SparseSpec(
+        recipe=name,
+        layers=_layer_specs(chosen, recipes.get(name), hidden, num_experts, options),
+        aux_coefficients=published | dict(aux_coefficients or {}),
+        balance=None if balance is None else dict(balance),
+    )
+    if balance is not None:
+        _check_balance(spec)
+    warn_of_later_tokens(model, spec)
+    config = sparse_config(model.config, spec.to_dict())
+    dense_config, dense_class = model.config, type(model)
+    install(model, spec, keep_base=True, **kernel)
+    for part in model.modules():
+        if part.__dict__.get("config") is dense_config:
+            part.config = config  # type: ignore[assignment]
+    # Saving would otherwise undo the renaming that loading the dense folder may have done.
+    model.__dict__.pop("_weight_conversions", None)
+    assert type(model) is sparse_class(dense_class)
+    join_auto_classes(type(config))
+    return model
+
+
+def _check_model(model: Model) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"sparsify needs a transformers model, got {type(model).__name__}. For your own module, put the layer of "
@@ -65,31 +108,6 @@ def sparsify(
             f"sparsify needs a dense model, got one with {len(rest) + 1} MoE layers already, the first at {first}. "
             "Sparsify a model once, with all layers you want."
         )
-    if "init_std" not in options:
-        options["init_std"] = _initializer_range(model.config)
-    name = _name_of(recipe)
-    published = {term.name: term.coefficient for term in recipes.get(name).balance if isinstance(term, LossTerm)}
-    given = {"num_experts": num_experts, "top_k": top_k}
-    options |= {name: value for name, value in given.items() if value is not None}
-    kernel = {"kernel": options.pop("kernel")} if "kernel" in options else {}
-
-    chosen = choose(find_feed_forwards(cast(PreTrainedModel, model.base_model)), layers)
-    spec = SparseSpec(
-        recipe=name,
-        layers={one.path: _layer_spec(one, name, hidden, options) for one in chosen},
-        aux_coefficients=published | dict(aux_coefficients or {}),
-    )
-    config = sparse_config(model.config, spec.to_dict())
-    dense_config, dense_class = model.config, type(model)
-    install(model, spec, **kernel)
-    for part in model.modules():
-        if part.__dict__.get("config") is dense_config:
-            part.config = config  # type: ignore[assignment]
-    # Saving would otherwise undo the renaming that loading the dense folder may have done.
-    model.__dict__.pop("_weight_conversions", None)
-    assert type(model) is sparse_class(dense_class)
-    join_auto_classes(type(config))
-    return model
 
 
 def _name_of(recipe: str | Recipe) -> str:
@@ -103,12 +121,49 @@ def _name_of(recipe: str | Recipe) -> str:
     return name
 
 
-def _layer_spec(one: FeedForward, recipe: str, hidden: int | None, options: dict[str, Any]) -> LayerSpec:
-    published = {name: value for name, value in recipes.get(recipe).options.items() if name != "kernel"}
-    return LayerSpec(width=one.width, hidden=one.hidden if hidden is None else hidden, options=published | options)
+def _layer_specs(
+    chosen: list[FeedForward],
+    recipe: Recipe,
+    hidden: int | None,
+    num_experts: int | Sequence[int] | None,
+    options: dict[str, Any],
+) -> dict[str, LayerSpec]:
+    """What each layer is built with: published options, those given, and what differs by depth."""
+    counts = [num_experts] * len(chosen) if num_experts is None or isinstance(num_experts, int) else list(num_experts)
+    if len(counts) != len(chosen):
+        raise ConfigError(
+            f"num_experts must be one number or one for each of the {len(chosen)} MoE layers, got {len(counts)} "
+            "numbers. Give as many as there are layers, in depth order."
+        )
+    published = {name: value for name, value in recipe.options.items() if name != "kernel"}
+    specs = {}
+    for index, (one, count) in enumerate(zip(chosen, counts, strict=True)):
+        mine = published | options
+        if isinstance(num_experts, int):
+            mine["num_experts"] = num_experts
+        if recipe.by_depth is not None:
+            mine = recipe.by_depth(mine, index, len(chosen))
+        if not isinstance(num_experts, int) and count is not None:
+            mine["num_experts"] = count
+        specs[one.path] = LayerSpec(width=one.width, hidden=one.hidden if hidden is None else hidden, options=mine)
+    return specs
 
 
-def _initializer_range(config: PreTrainedConfig) -> float | None:
+def _check_balance(spec: SparseSpec) -> None:
+    """Try each balance term on a small layer with the options of each that the model will have."""
+    recipe, width = recipes.get(spec.recipe), 8
+    kinds = {repr(sorted(layer.options.items())): layer.options for layer in spec.layers.values()}
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        for options in kinds.values():
+            check(spec.terms, cast(nn.Module, recipe.layer(width, hidden=width, **options)), width)
+
+
+def _from_config(config: PreTrainedConfig, recipe: Recipe) -> dict[str, Any]:
+    """What the model knows that the recipe would otherwise not."""
     text = config.get_text_config()
     std = getattr(config, "initializer_range", getattr(text, "initializer_range", None))
-    return None if std is None else float(std)
+    known = {"init_std": None if std is None else float(std)}
+    vocab_size = getattr(text, "vocab_size", None)
+    if "vocab_size" in recipe.options and vocab_size is not None:
+        known["vocab_size"] = int(vocab_size)
+    return known

@@ -36,7 +36,7 @@ def find_feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
 
     A feed-forward network is a module of one input whose only weights are linear maps, one or two from D to F (or one
     to 2F) and one from F to D. A block is the nearest child of an ``nn.ModuleList`` around it that holds other linear
-    maps too: the attention. Encoder blocks come before decoder blocks, and indices count on.
+    maps too, the attention, or an LSTM. Encoder blocks come before decoder blocks, and indices count on.
 
     Raises:
         ConfigError: if there is none, or a block has several, as a model that is a mixture already has.
@@ -133,13 +133,19 @@ def _has_one_input(module: nn.Module) -> bool:
 
 
 def _block_around(path: str, modules: dict[str, nn.Module]) -> str | None:
-    own = len(_linear_leaves(modules[path]))
+    feed_forward = modules[path]
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         outer, parent = ".".join(parts[:end]), ".".join(parts[: end - 1])
-        if isinstance(modules[parent], nn.ModuleList) and len(_linear_leaves(modules[outer])) > own:
+        if isinstance(modules[parent], nn.ModuleList) and _mixes_positions(modules[outer], feed_forward):
             return outer
     return None
+
+
+def _mixes_positions(block: nn.Module, feed_forward: nn.Module) -> bool:
+    """Whether there is more in a block than its feed-forward network: attention, a state space, a recurrence."""
+    has_other_maps = len(_linear_leaves(block)) > len(_linear_leaves(feed_forward))
+    return has_other_maps or any(isinstance(part, nn.RNNBase) for part in block.modules())
 
 
 def _block_paths(modules: dict[str, nn.Module]) -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
 from torch import nn
 
-from moesaic.balance import BiasController
+from moesaic.balance import Controller
 from moesaic.hf.block import SparseBlock
-from moesaic.layer import MoELayer
+from moesaic.recipes.recipe import Layer
+from moesaic.telemetry.summary import RoutingSummary
 
 
 def blocks(model: nn.Module) -> dict[str, SparseBlock]:
@@ -14,7 +20,7 @@ def blocks(model: nn.Module) -> dict[str, SparseBlock]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SparseBlock)}
 
 
-def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+def moe_layers(model: nn.Module) -> dict[str, Layer]:
     """The MoE layers of a model by the module path of the feed-forward network that each replaces, in depth order."""
     return {path: block.moe for path, block in blocks(model).items()}
 
@@ -30,14 +36,41 @@ def active_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - idle
 
 
-def bias_controllers(model: nn.Module) -> dict[str, BiasController]:
-    """A controller for each layer whose recipe balances by selection bias, by module path.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steered:
+    """A controller and the layers whose counts it is stepped on, by module path, in depth order."""
 
-    Step each once per optimizer step, on the load of everything that the step saw.
+    layers: tuple[str, ...]
+    controller: Controller
+
+    def step(self, seen: Mapping[str, RoutingSummary]) -> None:
+        """Step the controller once on what its layers did in one optimizer step; not at all if they did not run.
+
+        Args:
+            seen: by layer, summed over micro-batches and ranks.
+        """
+        if not all(layer in seen for layer in self.layers):
+            return
+        summaries = [seen[layer] for layer in self.layers]
+        device = summaries[0].load_E.device
+        self.controller.step(
+            torch.cat([summary.load_E.to(device) for summary in summaries]),
+            kept_E=torch.cat([summary.kept_E.to(device) for summary in summaries]),
+            num_tokens=sum(int(summary.num_tokens) for summary in summaries),
+        )
+
+
+def controllers(model: nn.Module) -> list[Steered]:
+    """What balances the layers of a model without a gradient: one controller for each layer, or for all of them.
+
+    Step each once per optimizer step, on the counts of everything that the step saw.
     """
-    return {
-        path: rule.build(block.moe.router)  # type: ignore[arg-type]
-        for path, block in blocks(model).items()
-        for rule in block.rules
-        if getattr(block.moe.router, "bias_E", None) is not None
-    }
+    found = blocks(model)
+    rules = list(dict.fromkeys(rule for block in found.values() for rule in block.rules))
+    steered = []
+    for rule in rules:
+        paths = [path for path, block in found.items() if rule in block.rules]
+        built = rule.build([cast(nn.Module, found[path].moe) for path in paths])
+        groups = [(path,) for path in paths] if len(built) == len(paths) else [tuple(paths)]
+        steered += [Steered(layers=group, controller=one) for group, one in zip(groups, built, strict=True)]
+    return steered

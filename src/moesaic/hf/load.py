@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moesaic.core.errors import CheckpointError
+from moesaic.hf.block import SparseBlock
 
 _NAMES_SHOWN = 5
 
@@ -42,6 +43,9 @@ def load_checked(load: Callable[..., Any], name: str, source: Any, *args: Any, *
         ) from error
     saved_as = model.config.architectures or [name]
     _check(model, info, source, only_below_heads=lenient or name not in saved_as)
+    for part in model.modules():
+        if isinstance(part, SparseBlock):
+            part.freeze()
     return (model, info) if wants_info else model
 
 

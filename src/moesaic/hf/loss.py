@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,8 +14,12 @@ from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from moesaic.core.errors import ConfigError
 from moesaic.hf.config import made_once
-from moesaic.hf.scope import Sink
+from moesaic.hf.reports import Sink
+
+_IGNORED = -100
+"""The label of what is not predicted, in transformers."""
 
 
 def noting_share(loss_function: Callable[..., Any], sink: Sink) -> Callable[..., Any]:
@@ -33,10 +39,63 @@ def noting_share(loss_function: Callable[..., Any], sink: Sink) -> Callable[...,
             elif loss_function is ForCausalLMLoss:
                 labels = labels[..., 1:]
             num_items = torch.as_tensor(num_items, device=labels.device)
-            sink.share = (labels != -100).sum() / num_items
+            sink.share = (labels != _IGNORED).sum() / num_items
         return loss_function(*args, **kwargs)
 
     return noting
+
+
+def settle(output: Any, sink: Sink, labels: Tensor | None, shift_labels: Tensor | None, *, is_causal: bool) -> None:
+    """Work out the balance losses that waited for the model's output.
+
+    Without labels there is no reward, and rewarded losses are left out; in training a warning says so.
+
+    Raises:
+        ConfigError: if a loss waits for a reward and the model is no causal language model.
+    """
+    reward_T = None
+    if sink.waiting(for_training=True) and not is_causal:
+        raise ConfigError(
+            "A rewarded balance loss needs a causal language model, in which each token predicts the next one, got "
+            f"{'an output' if output is None else type(output).__name__}. Use another recipe, or its coefficient 0."
+        )
+    if sink.waiting() and (labels is not None or shift_labels is not None):
+        reward_T = token_rewards(output, labels, shift_labels)
+    skipped = sink.waiting(for_training=True) if reward_T is None else []
+    if skipped:
+        warnings.warn(
+            f"The balance losses {', '.join(sorted({term.name for term in skipped}))} need the model's loss at each "
+            "token as their reward, and this forward in training had no labels: they are left out. Pass labels.",
+            UserWarning,
+            stacklevel=4,
+        )
+    sink.settle(reward_T)
+
+
+@torch.no_grad()
+def token_rewards(output: Any, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    """Minus the loss of the prediction that each token makes, in nats; NaN where its label is -100 or there is none.
+
+    A causal language model predicts at each token the next one, so labels are shifted as its loss shifts them.
+
+    Raises:
+        ConfigError: if the output has no logits for each label.
+    """
+    logits_BPV = output.get("logits") if hasattr(output, "get") else output[1]
+    shape = None if labels is None else tuple(labels.shape)
+    if shift_labels is None and labels is not None and labels.ndim == 2:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+    if shift_labels is None or logits_BPV is None or logits_BPV.shape[:-1] != shift_labels.shape:
+        raise ConfigError(
+            "A rewarded balance loss needs logits of shape (sequences, positions, vocabulary) and a label for each "
+            f"position, got logits {None if logits_BPV is None else tuple(logits_BPV.shape)} and labels {shape}. "
+            "Use it in causal language models, or another recipe."
+        )
+    target_BP = shift_labels.to(logits_BPV.device)
+    nats_BP = torch.nn.functional.cross_entropy(
+        logits_BPV.float().transpose(1, 2), target_BP, ignore_index=_IGNORED, reduction="none"
+    )
+    return (-nats_BP).masked_fill(target_BP == _IGNORED, math.nan).reshape(-1)
 
 
 def with_balance(output: Any, sink: Sink, *, has_labels: bool) -> Any:

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from moesaic.core.errors import ConfigError
+from moesaic.hf.base_weights import load_base
 from moesaic.hf.block import SparseBlock
+from moesaic.hf.causality import refusing
 from moesaic.hf.config import made_once, sparse_config_class
 from moesaic.hf.load import load_checked
-from moesaic.hf.loss import noting_share, with_balance
+from moesaic.hf.loss import noting_share, settle, with_balance
 from moesaic.hf.scope import KeepFrame, current_frame, entered
 from moesaic.hf.spec import SparseSpec
 
@@ -66,6 +69,11 @@ class SparseModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
 
+    @property
+    def _is_causal(self) -> bool:
+        """Whether each token predicts the next one, in the only stack that there is."""
+        return super().loss_function is ForCausalLMLoss and not self.config.is_encoder_decoder
+
     def _get_name(self) -> str:
         # Trainer looks this name up to decide whether label smoothing shifts labels.
         return type(self).dense_class.__name__
@@ -85,7 +93,11 @@ def sparse_class(dense: type[PreTrainedModel]) -> type[Any]:
         given = {**signature.bind_partial(self, *args, **kwargs).arguments, **kwargs}
         with entered(self, given.get("attention_mask"), given.get("input_ids")) as sink:
             output = dense_forward(self, *args, **kwargs)
-        return output if sink is None else with_balance(output, sink, has_labels=given.get("labels") is not None)
+        if sink is None:
+            return output
+        labels = given.get("labels")
+        settle(output, sink, labels, given.get("shift_labels"), is_causal=self._is_causal)
+        return with_balance(output, sink, has_labels=labels is not None)
 
     namespace = {
         "__module__": __name__,
@@ -94,15 +106,18 @@ def sparse_class(dense: type[PreTrainedModel]) -> type[Any]:
         "dense_class": dense,
         "forward": forward,
     }
+    if hasattr(dense, "generate"):
+        namespace["generate"] = refusing(dense.generate)
     return type(f"Sparse{dense.__name__}", (SparseModel, dense), namespace)
 
 
-def install(model: PreTrainedModel, spec: SparseSpec, **unsaved: Any) -> None:
+def install(model: PreTrainedModel, spec: SparseSpec, *, keep_base: bool = False, **unsaved: Any) -> None:
     """Put freshly drawn blocks where ``spec`` says, and let every model around them open frames.
 
     Args:
         model: dense; or sparse already, where its base model was built from the same configuration.
         spec: what goes where.
+        keep_base: let low-rank experts start from the dense network; without it its weights are to be loaded.
         unsaved: options of the recipe that belong to this process, not to the model.
     """
     base = model.base_model
@@ -113,6 +128,9 @@ def install(model: PreTrainedModel, spec: SparseSpec, **unsaved: Any) -> None:
         for path, module in dense.items()
         if not isinstance(module, SparseBlock)
     }
+    if keep_base:
+        for path, block in blocks.items():
+            load_base(dense[path], block, path)
     checkpointed = {
         part: keep_frame(part.__dict__["_gradient_checkpointing_func"])
         for part in model.modules()
@@ -121,11 +139,20 @@ def install(model: PreTrainedModel, spec: SparseSpec, **unsaved: Any) -> None:
     for path, block in blocks.items():
         parent, _, name = path.rpartition(".")
         setattr(base.get_submodule(parent), name, block)
+    lend_logits(base)
     for part, function in checkpointed.items():
         part.__dict__["_gradient_checkpointing_func"] = function
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and not isinstance(part, SparseModel):
             _open_frames_in(part)
+
+
+def lend_logits(model: nn.Module) -> None:
+    """Let layers keep their logits if any layer of the model reads those of the one below."""
+    found = [part for part in model.modules() if isinstance(part, SparseBlock)]
+    wanted = any(block.uses_below for block in found)
+    for block in found:
+        block.lends_logits = wanted
 
 
 def _open_frames_in(model: PreTrainedModel) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import ConfigError
+from moesaic.core.routing import Routing
 from moesaic.hf.layers import blocks
-from moesaic.hf.scope import Place, Report, Sink, listening
+from moesaic.hf.reports import Place, Report, Sink
+from moesaic.hf.scope import Frame, domain_of_each, listening
 from moesaic.hf.watching import detached, places
 from moesaic.telemetry.trace import RoutingTrace, TraceMetadata, TraceWriter
 
@@ -40,9 +42,10 @@ def record(
     Args:
         model: one that has MoE layers.
         tokenizer: puts the text of each token into the trace.
-        domains: names in the order that the trace shall list them; others join as :func:`trace_domain` names them.
+        domains: names in the order that the trace shall list them, which is how :func:`domains` counts them; others
+            join as :func:`trace_domain` names them.
     Raises:
-        ConfigError: if the model has no MoE layers, or they differ in choices per token.
+        ConfigError: if the model has no MoE layers.
     """
     where = places(model)
     metadata = _metadata(model, tokenizer, domains)
@@ -70,11 +73,13 @@ def trace_domain(domain: str | Sequence[str]) -> Iterator[None]:
 
 class _Recorder:
     wants_balance = False
+    batch_load_E = None
 
     def __init__(self, places: Mapping[nn.Module, Place], writer: TraceWriter, domains: list[str]) -> None:
         self.places = places
         self.writer = writer
         self.domains = domains
+        self.choices: set[int] = set()
         self.forward: Sink | None = None
         self.first_sequence = 0
         self.next_sequence = 0
@@ -94,6 +99,7 @@ class _Recorder:
             if before_B1 is None or not self.next_sequence:
                 self.first_sequence = self.next_sequence
         self.next_sequence = max(self.next_sequence, self.first_sequence + num_sequences)
+        self.choices |= set(_rows_of_each(routing).tolist())
         valid_BP = routing.valid_T.view(num_sequences, positions)
         position_BP = (valid_BP.cumsum(dim=1) - 1).clamp_min(0) + (0 if before_B1 is None else before_B1)
         self.writer.add(
@@ -102,11 +108,14 @@ class _Recorder:
             None if frame.input_ids is None else frame.input_ids.reshape(-1),
             position_BP.reshape(-1),
             routing.sequence_T + self.first_sequence,
-            self._domain(num_sequences).to(routing.sequence_T.device)[routing.sequence_T],
+            self._domain(frame, num_sequences).to(routing.sequence_T.device)[routing.sequence_T],
         )
 
-    def _domain(self, num_sequences: int) -> Tensor:
+    def _domain(self, frame: Frame, num_sequences: int) -> Tensor:
         named = _DOMAIN.get()
+        if named is None and frame.domains is not None and self.domains:
+            domain_B = domain_of_each(frame.domains, num_sequences)
+            return domain_B.where(domain_B < len(self.domains), -1)
         names = [named] * num_sequences if named is None or isinstance(named, str) else list(named)
         if len(names) != num_sequences:
             raise ConfigError(
@@ -119,7 +128,14 @@ class _Recorder:
         return torch.tensor([-1 if name is None else self.domains.index(name) for name in names])
 
     def finished(self) -> RoutingTrace:
-        return self.writer.trace(replace(self.writer.metadata, domains=tuple(self.domains)))
+        (top_k,) = self.choices if len(self.choices) == 1 else (None,)
+        return self.writer.trace(replace(self.writer.metadata, domains=tuple(self.domains), top_k=top_k))
+
+
+def _rows_of_each(routing: Routing) -> Tensor:
+    """How many rows each token has that is no padding."""
+    count_T = torch.bincount(routing.token_N, minlength=routing.num_tokens)
+    return count_T[routing.valid_T]
 
 
 def _tokens_before(mask: object, positions: int) -> Tensor | None:
@@ -130,19 +146,14 @@ def _tokens_before(mask: object, positions: int) -> Tensor | None:
 
 
 def _metadata(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, domains: Sequence[str]) -> TraceMetadata:
-    layers = {path: block.moe.router for path, block in blocks(model).items()}
-    choices = {int(router.top_k) for router in layers.values()}  # type: ignore[arg-type]
-    if len(choices) > 1:
-        raise ConfigError(
-            f"A trace needs the same top_k in every layer, got {sorted(choices)}. Use moesaic.hf.observe instead."
-        )
+    layers = {path: block.moe for path, block in blocks(model).items()}
     config = getattr(model, "config", None)
     return TraceMetadata(
         model=str(getattr(config, "name_or_path", "") or type(model).__name__),
         recipe=getattr(config, "moesaic", {}).get("recipe", ""),
         layer_names=tuple(layers),
-        num_experts=tuple(int(router.num_experts) for router in layers.values()),  # type: ignore[arg-type]
-        top_k=choices.pop(),
+        num_experts=tuple(layer.num_experts for layer in layers.values()),
+        top_k=None,
         token_text=() if tokenizer is None else token_texts(tokenizer),
         domains=tuple(domains),
     )

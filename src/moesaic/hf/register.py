@@ -13,7 +13,7 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Make ``model_type: moesaic`` known to transformers: now if its Auto classes are loaded, else when they are."""
+    """Make our ``model_type`` names known to transformers: now if its Auto classes are loaded, else when they are."""
     if _AUTO_CONFIG in sys.modules:
         _add_to(sys.modules[_AUTO_CONFIG])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
@@ -23,8 +23,10 @@ def register() -> None:
 def _add_to(auto_config: ModuleType) -> None:
     from moesaic.hf.auto import MoesaicConfig
     from moesaic.hf.config import MODEL_TYPE
+    from moesaic.hf.lstm_config import LstmConfig
 
     auto_config.CONFIG_MAPPING.register(MODEL_TYPE, MoesaicConfig, exist_ok=True)
+    auto_config.CONFIG_MAPPING.register(LstmConfig.model_type, LstmConfig, exist_ok=True)
 
 
 class _WhenImported(MetaPathFinder):

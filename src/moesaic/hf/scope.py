@@ -7,80 +7,34 @@ as the first forward did, and counts nothing a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesaic.balance import LossTerm
+from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.routing import Routing
+from moesaic.hf.reports import Listener, Report, Sink, waits
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where a block stands in the model that is listened to: module path, and index in depth order."""
+class Below:
+    """The router logits of the MoE layer that ran last in a stack, for the next one."""
 
-    layer: str
-    index: int
+    def __init__(self, logits_TE: Tensor | None = None) -> None:
+        self.logits_TE = logits_TE
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Report:
-    """What one block did in one forward.
-
-    Attributes:
-        block: who reports.
-        routing: the table, attached to the graph.
-        losses: the balance losses of this layer, unscaled and attached; empty unless wanted.
-        terms: their names and coefficients.
-        frame: the forward.
-    """
-
-    block: nn.Module
-    routing: Routing
-    losses: Mapping[str, Tensor]
-    terms: tuple[LossTerm, ...]
-    frame: Frame
-
-
-class Listener(Protocol):
-    """Hears what blocks report, once for each forward."""
-
-    places: Mapping[nn.Module, Place]
-    wants_balance: bool
-
-    def hear(self, place: Place, report: Report) -> None:
-        """Called as soon as the block is done."""
-
-
-class Sink:
-    """Gathers the reports of one forward, and is gone with it.
-
-    Attributes:
-        balance: the balance losses so far, each times its coefficient; None if there are none to train with.
-        share: part of an optimizer step's labels that this forward predicts, if the model's loss is divided by it.
-    """
-
-    def __init__(self, listeners: tuple[Listener, ...]) -> None:
-        self.listeners = listeners
-        self.balance: Tensor | None = None
-        self.share: Tensor | None = None
-
-    def take(self, report: Report, *, for_training: bool) -> None:
-        """Add the layer's balance losses to those before it, tell the listeners, and let go of the table."""
-        if for_training:
-            for term in report.terms:
-                scaled = term.coefficient * report.losses[term.name]
-                self.balance = scaled if self.balance is None else self.balance + scaled.to(self.balance.device)
-        for listener in self.listeners:
-            place = listener.places.get(report.block)
-            if place is not None:
-                listener.hear(place, report)
+    def copy(self) -> Below:
+        """The same numbers, without their graph: what is kept to recompute a block must not hold those before it."""
+        if self.logits_TE is None:
+            return Below()
+        # Whether it wants a gradient decides what is saved for backward, and recomputing must save the same.
+        return Below(self.logits_TE.detach().requires_grad_(self.logits_TE.requires_grad))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,6 +45,8 @@ class Frame:
         model: whose forward it is; None outside of any.
         attention_mask: of the stack that runs now; (B, past + P), nonzero where a token is.
         input_ids: of the stack that runs now.
+        domains: which domain each sequence of the batch belongs to, or all of them.
+        below: logits of the MoE layer before, in the stack that runs now; None outside of any.
         balance_wanted: blocks whose balance losses a listener asked for.
         sink: where reports go; None while activations are recomputed.
     """
@@ -98,25 +54,42 @@ class Frame:
     model: nn.Module | None = None
     attention_mask: Any = None
     input_ids: Tensor | None = None
+    domains: int | Tensor | None = None
+    below: Below | None = None
     balance_wanted: frozenset[nn.Module] = frozenset()
     sink: Sink | None = None
 
-    def tokens(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens of a batch are real, and the sequence that each belongs to, laid end to end.
+    def tokens(self, hidden_states: Tensor) -> tuple[Tensor | None, Context]:
+        """Which tokens of a batch are real, and what is known about them, laid end to end.
+
+        Tokens have ids where the stack read as many as there are hidden states; below a pooling layer they do not.
 
         Only a mask of one number per token says which are padding; with any other (made for one kind of attention,
         with four dimensions or as a dictionary) all tokens count as real.
 
         Raises:
             ShapeError: if the mask belongs to another batch.
+            ConfigError: if domains were given for another number of sequences.
         """
+        below_TE = None if self.below is None else self.below.logits_TE
         if hidden_states.ndim != 3:
-            return None, None
+            return None, Context(below_TE=below_TE)
         num_sequences, num_positions, _ = hidden_states.shape
         sequence_T = torch.arange(num_sequences, device=hidden_states.device).repeat_interleave(num_positions)
+        ids_BP, domain_B = self.input_ids, None if self.domains is None else domain_of_each(self.domains, num_sequences)
+        has_ids = isinstance(ids_BP, Tensor) and ids_BP.shape == hidden_states.shape[:2]
+        context = Context(
+            sequence_T=sequence_T,
+            id_T=ids_BP.reshape(-1).to(sequence_T) if ids_BP is not None and has_ids else None,
+            domain_T=None if domain_B is None else domain_B.to(sequence_T)[sequence_T],
+            below_TE=below_TE,
+        )
+        return self._valid(num_sequences, num_positions, hidden_states.device), context
+
+    def _valid(self, num_sequences: int, num_positions: int, device: torch.device) -> Tensor | None:
         mask = self.attention_mask
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return None, sequence_T
+            return None
         if mask.shape[0] != num_sequences or mask.shape[1] < num_positions:
             raise ShapeError(
                 f"attention_mask must have one entry for each token, ({num_sequences}, at least {num_positions}), "
@@ -124,20 +97,28 @@ class Frame:
             )
         # With a cache the mask covers past tokens too; those that run now are the last.
         valid_BP = mask[:, mask.shape[1] - num_positions :] != 0
-        return valid_BP.reshape(-1).to(hidden_states.device), sequence_T
+        return valid_BP.reshape(-1).to(device)
 
     def report(self, block: nn.Module, routing: Routing, terms: tuple[LossTerm, ...]) -> None:
         """Hand over what a block did.
 
         Losses are computed while activations are recomputed too, and thrown away: what the first forward saved for
-        its backward has to be there again.
+        its backward has to be there again. Those that wait are computed where nothing is recomputed.
         """
         for_training = block.training and torch.is_grad_enabled() and self.model is not None
-        wanted = for_training or block in self.balance_wanted
-        losses = {term.name: term.loss(routing) for term in terms} if wanted else {}
+        wanted = terms if for_training or block in self.balance_wanted else ()
+        waiting = tuple(term for term in wanted if waits(term))
+        at_once = tuple(term for term in wanted if not waits(term))
+        losses = {term.name: term.loss(routing) for term in at_once}
+        scaled = {term.name: term.scale(routing) * losses[term.name] for term in at_once}
         if self.sink is not None:
-            report = Report(block=block, routing=routing, losses=losses, terms=terms, frame=self)
-            self.sink.take(report, for_training=for_training)
+            report = Report(block=block, routing=routing, losses=losses, scaled=scaled, frame=self)
+            self.sink.take(report, waiting, for_training=for_training)
+
+    def lend(self, logits_TE: Tensor) -> None:
+        """Keep a layer's logits for the next layer of the stack."""
+        if self.below is not None:
+            self.below.logits_TE = logits_TE
 
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether ``model`` is a part of the model whose forward this is."""
@@ -146,6 +127,7 @@ class Frame:
 
 _NOWHERE = Frame()
 _FRAME: ContextVar[Frame] = ContextVar("moesaic.hf.frame", default=_NOWHERE)
+_DOMAINS: ContextVar[int | Tensor | None] = ContextVar("moesaic.hf.domains", default=None)
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("moesaic.hf.listeners", default=())
 
 
@@ -174,21 +156,59 @@ def entered(model: nn.Module, attention_mask: Any, input_ids: Tensor | None) -> 
     """
     outer = _FRAME.get()
     if outer.belongs_to(model):
-        frame = replace(outer, attention_mask=attention_mask, input_ids=input_ids)
+        frame = replace(outer, attention_mask=attention_mask, input_ids=input_ids, below=Below())
     else:
         # A whole forward that runs in backward is recomputed by somebody: it has been listened to.
-        listeners = () if _in_backward() else _LISTENERS.get()
+        again = _in_backward()
+        listeners = () if again else _LISTENERS.get()
         frame = Frame(
             model=model,
             attention_mask=attention_mask,
             input_ids=input_ids,
+            domains=_DOMAINS.get(),
+            below=Below(),
             balance_wanted=frozenset(
                 block for listener in listeners if listener.wants_balance for block in listener.places
             ),
-            sink=Sink(listeners),
+            sink=Sink(listeners, is_recomputed=again),
         )
     with _resumed(frame):
         yield None if outer.belongs_to(model) else frame.sink
+
+
+@contextmanager
+def domains(domain_B: int | Sequence[int] | Tensor) -> Iterator[None]:
+    """Say which domain each sequence of the batches within belongs to, for routers that ask (PanGu-Sigma).
+
+    Domains are numbers from 0, as the router counts them. Traces that were given domain names take them too, in the
+    order of the names; :func:`trace_domain` tells them by name and reaches no router.
+
+    Args:
+        domain_B: one number for all, or one for each sequence of the batch.
+    """
+    number = domain_B if isinstance(domain_B, int) else torch.as_tensor(domain_B)
+    token = _DOMAINS.set(number)
+    try:
+        yield
+    finally:
+        _DOMAINS.reset(token)
+
+
+def domain_of_each(given: int | Tensor, num_sequences: int) -> Tensor:
+    """The domain of each sequence of a batch, where one number was given for all or one for each.
+
+    Raises:
+        ConfigError: if it is another number.
+    """
+    domain_B = torch.as_tensor(given)
+    if domain_B.ndim == 0:
+        return domain_B.expand(num_sequences)
+    if domain_B.shape != (num_sequences,):
+        raise ConfigError(
+            f"domains needs one number for all or one for each of the batch's {num_sequences} sequences, got "
+            f"{tuple(domain_B.shape)}. Give one for each; beams of generate and cut batches count as sequences."
+        )
+    return domain_B
 
 
 @contextmanager
@@ -224,7 +244,8 @@ class KeepFrame:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``function``, and keep its frame for the backward."""
         # Without its sink: what holds the graph must not be held by it.
-        kept = replace(_FRAME.get(), sink=None)
+        frame = _FRAME.get()
+        kept = replace(frame, sink=None, below=frame.below and frame.below.copy())
         has_run = False
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -232,7 +253,8 @@ class KeepFrame:
             if not has_run:
                 has_run = True
                 return function(*args, **kwargs)
-            with _resumed(kept):
+            # A copy again: a graph that is kept may be recomputed more than once.
+            with _resumed(replace(kept, below=kept.below and kept.below.copy())):
                 return function(*args, **kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

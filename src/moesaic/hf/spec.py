@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moesaic import recipes
-from moesaic.balance import BiasRule, LossTerm
+from moesaic.balance import BalanceTerm, LossTerm, named
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.hf.block import SparseBlock
 
-FORMAT_VERSION = 1
-"""The newest form of the ``moesaic`` entry in ``config.json`` that this version writes and reads."""
+FORMAT_VERSION = 2
+"""The newest form of the ``moesaic`` entry in ``config.json`` that this version writes and reads.
+
+2 has ``balance``; a model that keeps its recipe's balance is written in form 1, which older versions read.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,20 +42,32 @@ class SparseSpec:
         recipe: its name.
         layers: numbers of each MoE layer by module path below the model's ``base_model``, so that a folder can be
             read with another head.
-        aux_coefficients: of the balance losses, by name; the recipe's own where one is left out.
+        aux_coefficients: of the recipe's balance losses, by name; its own where one is left out.
+        balance: what takes the place of the recipe's balance, as :func:`moesaic.balance.named` reads it; None keeps
+            the recipe's.
     """
 
     recipe: str
     layers: Mapping[str, LayerSpec]
     aux_coefficients: Mapping[str, float]
+    balance: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        terms = [term.name for term in recipes.get(self.recipe).balance if isinstance(term, LossTerm)]
+        terms = [term.name for term in recipes.get(self.recipe).losses]
+        if self.balance is not None:
+            named(self.balance)
+            if self.aux_coefficients:
+                raise ConfigError(
+                    "aux_coefficients change the recipe's balance and balance replaces it, got both: "
+                    f"{', '.join(self.aux_coefficients)} and {', '.join(self.balance) or 'nothing'}. "
+                    "Give all coefficients in balance."
+                )
         unknown = sorted(set(self.aux_coefficients) - set(terms))
         if unknown:
             raise ConfigError(
                 f"aux_coefficients must name losses of recipe {self.recipe} ({', '.join(terms) or 'it has none'}), "
-                f"got {', '.join(unknown)}. Leave out what the recipe does not have."
+                f"got {', '.join(unknown)}. Leave out what the recipe does not have, or replace its balance "
+                "with sparsify's balance."
             )
         for name, value in self.aux_coefficients.items():
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -68,28 +83,35 @@ class SparseSpec:
                         f"model, got {name}={value!r} for {path}. Give the name or the number that stands for it."
                     )
 
+    @property
+    def terms(self) -> tuple[BalanceTerm, ...]:
+        """The balance of every layer: the recipe's, with the coefficients asked for, or what replaces it."""
+        if self.balance is not None:
+            return named(self.balance)
+        given = self.aux_coefficients
+        return tuple(
+            replace(term, coefficient=given.get(term.name, term.coefficient)) if isinstance(term, LossTerm) else term
+            for term in recipes.get(self.recipe).balance
+        )
+
     def block(self, path: str, **unsaved: Any) -> SparseBlock:
         """Build the block of ``path`` with freshly drawn weights; ``unsaved`` are options beside its own."""
-        recipe, layer = recipes.get(self.recipe), self.layers[path]
-        terms = [
-            replace(term, coefficient=self.aux_coefficients.get(term.name, term.coefficient))
-            for term in recipe.balance
-            if isinstance(term, LossTerm)
-        ]
+        layer = self.layers[path]
         return SparseBlock(
-            recipe.layer(layer.width, hidden=layer.hidden, **layer.options, **unsaved),
-            terms=tuple(terms),
-            rules=tuple(rule for rule in recipe.balance if isinstance(rule, BiasRule)),
+            recipes.get(self.recipe).layer(layer.width, hidden=layer.hidden, **layer.options, **unsaved),
+            terms=tuple(term for term in self.terms if isinstance(term, LossTerm)),
+            rules=tuple(term for term in self.terms if not isinstance(term, LossTerm)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            "format_version": FORMAT_VERSION,
+        values = {
+            "format_version": FORMAT_VERSION if self.balance is not None else 1,
             "recipe": self.recipe,
             "aux_coefficients": dict(self.aux_coefficients),
             "layers": {path: asdict(layer) for path, layer in self.layers.items()},
         }
+        return values if self.balance is None else values | {"balance": dict(self.balance)}
 
     @classmethod
     def from_dict(cls, values: Any) -> SparseSpec:
@@ -109,6 +131,7 @@ class SparseSpec:
                 recipe=values["recipe"],
                 aux_coefficients=dict(values["aux_coefficients"]),
                 layers={path: LayerSpec(**layer) for path, layer in values["layers"].items()},
+                balance=values.get("balance"),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(

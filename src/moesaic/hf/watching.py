@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing
 from moesaic.hf.layers import blocks
-from moesaic.hf.scope import Place, Report, listening
+from moesaic.hf.reports import Place, Report
+from moesaic.hf.scope import listening
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -68,13 +69,12 @@ class BalanceTerms:
 
     def add(self, report: Report) -> None:
         """Take in what one layer reports."""
-        for term in report.terms:
-            loss = report.losses[term.name]
-            scaled = term.coefficient * loss
+        for name, loss in report.losses.items():
+            scaled = report.scaled[name]
             self.total = scaled if self.total is None else self.total + scaled.to(self.total.device)
             value = loss.detach()
-            self._sums[term.name] = self._sums[term.name] + value if term.name in self._sums else value
-            self._counts[term.name] = self._counts.get(term.name, 0) + 1
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
 
 @contextmanager
@@ -82,7 +82,8 @@ def balance(model: nn.Module) -> Iterator[BalanceTerms]:
     """Gather the balance losses of every forward that starts within, in evaluation mode too.
 
     For loops that compute their loss from logits, and for logs. ``output.loss`` stays what it is, and in training it
-    has the balance losses already: add ``total`` only to a loss of your own.
+    has the balance losses already: add ``total`` only to a loss of your own. A loss that is rewarded for the model's
+    predictions is among them where a forward gets labels.
 
         with moesaic.hf.balance(model) as terms:
             logits = model(input_ids, attention_mask=mask).logits
@@ -119,6 +120,7 @@ def detached(routing: Routing) -> Routing:
 
 class _Observer:
     wants_balance = False
+    batch_load_E = None
 
     def __init__(self, places: Mapping[nn.Module, Place], callback: Callable[[Seen], None]) -> None:
         self.places = places
@@ -138,6 +140,7 @@ class _Observer:
 
 class _BalanceListener:
     wants_balance = True
+    batch_load_E = None
 
     def __init__(self, places: Mapping[nn.Module, Place], terms: BalanceTerms) -> None:
         self.places = places

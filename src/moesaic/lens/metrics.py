@@ -97,6 +97,17 @@ def drop_rate(trace: RoutingTrace) -> FloatArray:
     return _divide(dropped_L, rows_L)
 
 
+def experts_per_token(trace: RoutingTrace) -> FloatArray:
+    """``#{rows of layer l} / #{tokens of layer l}``, shape (L,): top-k, or its average where it differs by token.
+
+    Tokens that no expert of the layer took have no row there and are not counted.
+    """
+    rows_L = np.bincount(trace.layer, minlength=trace.num_layers)
+    place_N = trace.sequence.astype(np.int64) << 32 | trace.position.astype(np.int64)
+    tokens = [len(np.unique(place_N[trace.layer == layer])) for layer in range(trace.num_layers)]
+    return _divide(rows_L, np.asarray(tokens))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taker:
     """The expert that takes more of a domain than of the average one, and both shares."""

@@ -112,10 +112,17 @@ def _kicker(trace: RoutingTrace) -> str:
     parts = [
         one_line(metadata.model),
         one_line(metadata.recipe),
-        f"{trace.num_layers} MoE layer{'s' if trace.num_layers > 1 else ''} of {experts} experts, top {metadata.top_k}",
+        f"{trace.num_layers} MoE layer{'s' if trace.num_layers > 1 else ''} of {experts} experts, {_choices(trace)}",
         f"{trace.num_tokens:,} tokens traced",
     ]
     return " · ".join(filter(None, parts))
+
+
+def _choices(trace: RoutingTrace) -> str:
+    top_k = trace.metadata.top_k
+    if top_k is None:
+        return f"{np.nanmean(metrics.experts_per_token(trace)):.3g} for a token on average"
+    return "all for every token" if top_k > 1 and {top_k} == set(trace.metadata.num_experts) else f"top {top_k}"
 
 
 def _method(trace: RoutingTrace) -> str:

@@ -37,13 +37,17 @@ def favourites_section(trace: RoutingTrace) -> str:
     labels = labels_of(trace)
     layers = shown_layers(trace)
     tables = [_favourites_table(trace, layer, labels[layer], is_open=layer == layers[0]) for layer in layers]
+    top_k = trace.metadata.top_k
+    every_time = ""
+    if top_k is not None:
+        share = f"{100 / max(1, top_k):.3g} %"
+        every_time = f" With {top_k} choices for each token, {share} means that the expert takes it every time."
     some = "" if len(layers) == trace.num_layers else f" {len(layers)} of {trace.num_layers} layers are shown."
     return (
         "<section>\n<h2>Tokens that each expert prefers</h2>\n"
         "<p>Under each token: the share of its n choices that went to this expert. "
-        f"␣ is a space, ⏎ a new line, \\xNN a byte that is no character by itself. With {trace.metadata.top_k} "
-        f"choices for each token, {100 / max(1, trace.metadata.top_k):.3g} % means that the expert takes it every time."
-        f'{some}</p>\n<div class="layers">\n' + "\n".join(tables) + "\n</div>\n</section>"
+        f"␣ is a space, ⏎ a new line, \\xNN a byte that is no character by itself."
+        f'{every_time}{some}</p>\n<div class="layers">\n' + "\n".join(tables) + "\n</div>\n</section>"
     )
 
 

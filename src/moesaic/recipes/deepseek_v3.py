@@ -73,6 +73,28 @@ DEEPSEEK_V3 = Recipe(
     year=2024,
     summary="sigmoid scores with a selection bias for balance, node-limited groups, a shared expert",
     citation="DeepSeek-AI. DeepSeek-V3 Technical Report. 2024. arXiv:2412.19437",
+    router="sigmoid scores plus a bias select within the best groups; the bare scores weigh",
+    formula="""\
+s = sigmoid(W x);  groups of experts score the sum of their two best s + b; the best groups stay
+S = the K largest of s + b within them;  w_e = scale * s_e / sum_S s
+y = sum_{e in S} w_e SwiGLU_e(x) + shared(x)
+after each step: b_e += 0.001 * sign(mean load - load_e)
+loss = 1e-4 * E * sum_e f_e P_e within each sequence, P from s / sum s""",
+    sources={
+        "num_experts": "section 4.2",
+        "top_k": "section 4.2",
+        "num_shared": "section 4.2",
+        "num_groups": "released configuration",
+        "groups_kept": "section 4.2, M = 4",
+        "scale": "released configuration, routed_scaling_factor",
+        "activation": "section 4.2",
+        "init_std": "section 4.2",
+    },
+    differences=(
+        "Masked groups are minus infinity here, 0 in early public code, where a masked expert could beat an "
+        "allowed one. The paper's sequence loss counts the K best unbiased scores; this counts the rows that were "
+        "dispatched. The bias step is shifted to add up to 0."
+    ),
     build=deepseek_v3_layer,
     balance=(LossTerm(name="sequence", loss=sequence_loss, coefficient=1e-4), BiasRule(rate=1e-3)),
 )

@@ -47,6 +47,23 @@ MIXTRAL = Recipe(
     year=2023,
     summary="two of eight SwiGLU experts, weights renormalised over the two; dropless",
     citation="Jiang et al. Mixtral of Experts. 2024. arXiv:2401.04088",
+    router="the two best experts of a softmax, renormalised over the two",
+    formula="""\
+z = W x;  S = the K largest of z
+w = softmax(z over S);  y = sum_{e in S} w_e SwiGLU_e(x)
+loss = coefficient * E * sum_e f_e P_e over all K choices, per layer""",
+    sources={
+        "num_experts": "section 2.1, table 1",
+        "top_k": "section 2.1, table 1",
+        "jitter": "transformers",
+        "activation": "section 2.1",
+        "init_std": "transformers",
+    },
+    differences=(
+        "transformers takes the softmax over all experts first and divides the chosen by their sum: the same "
+        "numbers. Its loss counts all K choices without dividing by K (value K at balance) and pools all layers "
+        "before it multiplies."
+    ),
     build=mixtral_layer,
     # Mistral published no training recipe. The released 8x7B configuration has 0.02, for transformers' loss, which is K
     # at balance and pools all L layers before it multiplies: one layer feels 0.02 * K / L = 0.00125.

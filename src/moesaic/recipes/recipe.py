@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
-from moesaic.balance import BalanceTerm
+from torch import Tensor
+
+from moesaic.balance import BalanceTerm, LossTerm, Rule
+from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, normal
-from moesaic.layer import MoELayer
+from moesaic.core.routing import Routing
+
+
+class Layer(Protocol):
+    """What every recipe builds: a :class:`~moesaic.MoELayer`, or one of the layers whose routing is not a table."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer."""
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the layer."""
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token meets."""
+
+    def __call__(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = ...) -> tuple[Tensor, Routing]:
+        """Tokens to outputs, and who went where."""
+
+    def kernel_report(self) -> str:
+        """Which kernel the experts run on, and why."""
+
+
+Causality = Literal["causal", "in evaluation", "never"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,16 +51,41 @@ class Recipe:
         year: of publication.
         summary: one line on what is its own.
         citation: where it was published.
+        router: how tokens find experts, in a few words.
+        formula: the layer and its losses in plain text, a line for each step.
+        sources: where each default comes from, by option: section, equation, table, or whose code.
+        differences: what differs between the paper and well-known code, and which of them this follows.
         build: makes the layer; its keyword arguments, with the published defaults, are the recipe's options.
         balance: losses and controllers that belong to the design.
+        causality: whether a token's experts and weights may depend on later tokens of its sequence. "causal": never
+            do. "in evaluation": only in training, as the paper's own causal form for inference is used otherwise.
+            "never": always, so that a causal language model cannot be generated from. (A capacity that drops rows
+            makes any design depend on the rest of its batch; that is not meant here.)
+        by_depth: for designs that differ by layer: options, index of the layer and number of MoE layers to options.
     """
 
     name: str
     year: int
     summary: str
     citation: str
-    build: Callable[..., MoELayer]
-    balance: tuple[BalanceTerm, ...]
+    router: str
+    formula: str
+    build: Callable[..., Layer]
+    balance: tuple[BalanceTerm, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    differences: str = ""
+    causality: Causality = "causal"
+    by_depth: Callable[[dict[str, Any], int, int], dict[str, Any]] | None = None
+
+    @property
+    def losses(self) -> tuple[LossTerm, ...]:
+        """The balance losses of the design."""
+        return tuple(term for term in self.balance if isinstance(term, LossTerm))
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What builds the controllers of the design."""
+        return tuple(term for term in self.balance if not isinstance(term, LossTerm))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -42,7 +95,7 @@ class Recipe:
 
     def layer(
         self, width: int, *, hidden: int, num_experts: int | None = None, top_k: int | None = None, **options: Any
-    ) -> MoELayer:
+    ) -> Layer:
         """Build the layer for a model of any width.
 
         Args:
@@ -94,3 +147,13 @@ class Recipe:
 def drawn(init_std: float | None, published: Init) -> Init:
     """How a recipe draws its weights: as published, or from a normal of the width that the user asked for."""
     return published if init_std is None else normal(init_std)
+
+
+def one_choice(name: str, top_k: int) -> None:
+    """Refuse more than one expert per token where the design has one.
+
+    Raises:
+        ConfigError: if ``top_k`` is not 1.
+    """
+    if top_k != 1:
+        raise ConfigError(f"recipe {name} sends each token to one expert, got top_k={top_k}. Leave out top_k.")

@@ -53,6 +53,27 @@ SWITCH = Recipe(
     year=2021,
     summary="one expert per token, weighted by its probability; capacity; load balancing loss",
     citation="Fedus, Zoph, Shazeer. Switch Transformers. JMLR 23(120), 2022. arXiv:2101.03961",
+    router="one expert per token, the best of a softmax, weighted by its probability",
+    formula="""\
+p = softmax(W x)
+e* = argmax_e p_e;  y = p_e* FFN_e*(x)
+each expert takes at most C = max(min_capacity, ceil(capacity_factor * T * K / E)) tokens, earliest first
+loss = 0.01 * E * sum_e f_e P_e,  f_e = share of rows that chose e,  P_e = mean_t p_te""",
+    sources={
+        "num_experts": "section 3.1, Switch-Base",
+        "top_k": "section 2.1",
+        "capacity_factor": "table 1, 1.0 to 2.0; 1.25 in the authors' code",
+        "eval_capacity_factor": "authors' code (Mesh TensorFlow)",
+        "min_capacity": "authors' code (Mesh TensorFlow)",
+        "jitter": "table 11 and authors' code",
+        "activation": "T5 (2019)",
+        "init_std": "section 2.4",
+    },
+    differences=(
+        "The paper's pseudo-code keeps C - 1 rows (an inclusive count compared with <); the authors' code and "
+        "this keep C. transformers has a fixed capacity of 64 for each sequence and a loss of the same value. "
+        "DeepSpeed drops random rows of an overfull expert unless told otherwise; here the latest go."
+    ),
     build=switch_layer,
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=1e-2),),
 )

@@ -16,11 +16,13 @@ from moesaic.routers.select import select_top_k
 class GroupLimit:
     """Keep the best few of equal, neighbouring groups of experts.
 
+    Each group is thought to live on a device of its own: :meth:`devices` tells losses and dispatch which.
+
     Attributes:
         num_groups: groups that the experts are cut into.
         groups_kept: groups that one token may use.
         best_per_group: a group's score is the sum of this many of its best expert scores: 1 is DeepSeek-V2's
-            device-limited routing (section 2.1.3), 2 is DeepSeek-V3's node-limited routing (section 2.1.2).
+            device-limited routing (section 2.2.2), 2 is DeepSeek-V3's node-limited routing (section 2.1.2).
     """
 
     num_groups: int
@@ -58,6 +60,14 @@ class GroupLimit:
                 f"the groups kept must hold at least top_k={top_k} experts, got {self.groups_kept} groups of "
                 f"{per_group}. Keep more groups, or lower top_k."
             )
+
+    def devices(self, num_experts: int, top_k: int, device: torch.device) -> dict[str, Tensor]:
+        """What a router stamps on its Routing: ``device_E``, the group of each expert, and ``devices_per_token``.
+
+        The latter is the most groups that one token can visit: as many as are kept, but no more than its choices.
+        """
+        device_E = torch.arange(num_experts, device=device) // (num_experts // self.num_groups)
+        return {"device_E": device_E, "devices_per_token": torch.full((), min(self.groups_kept, top_k), device=device)}
 
     def mask(self, score_TE: Tensor) -> Tensor:
         """Return the scores with every expert outside a token's best groups at minus infinity.

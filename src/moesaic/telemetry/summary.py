@@ -16,14 +16,14 @@ class RoutingSummary:
 
     Attributes:
         load_E: rows that the router gave each expert, int64; padding left out, dropped rows counted.
+        kept_E: those of them that dispatch kept, int64.
         num_tokens: tokens routed, int64 scalar.
-        num_dropped: rows that capacity dropped, int64 scalar.
         entropy_sum: sum over tokens of the entropy of their probabilities over experts, in nats, float64 scalar.
     """
 
     load_E: Tensor
+    kept_E: Tensor
     num_tokens: Tensor
-    num_dropped: Tensor
     entropy_sum: Tensor
 
     @classmethod
@@ -31,20 +31,27 @@ class RoutingSummary:
     def of(cls, routing: Routing) -> RoutingSummary:
         """Reduce one layer's table."""
         entropy_T = torch.special.entr(routing.probability_TE).sum(dim=-1)
+        kept_E = torch.zeros(routing.num_experts, dtype=torch.int64, device=routing.expert_N.device)
         return cls(
             load_E=routing.load_E,
+            kept_E=kept_E.index_add_(0, routing.expert_N, (routing.valid_N & routing.kept_N).to(torch.int64)),
             num_tokens=routing.valid_T.sum(),
-            num_dropped=(routing.valid_N & ~routing.kept_N).sum(),
             entropy_sum=entropy_T.masked_fill(~routing.valid_T, 0).sum(dtype=torch.float64),
         )
 
     def __add__(self, other: RoutingSummary) -> RoutingSummary:
         return RoutingSummary(
             load_E=self.load_E + other.load_E,
+            kept_E=self.kept_E + other.kept_E,
             num_tokens=self.num_tokens + other.num_tokens,
-            num_dropped=self.num_dropped + other.num_dropped,
             entropy_sum=self.entropy_sum + other.entropy_sum,
         )
+
+    @property
+    def experts_per_token(self) -> float:
+        """Rows for each token, on average: K where every token has as many."""
+        tokens = int(self.num_tokens)
+        return int(self.load_E.sum()) / tokens if tokens else 0.0
 
     @property
     def load_max_over_mean(self) -> float:
@@ -53,10 +60,15 @@ class RoutingSummary:
         return float(self.load_E.max()) * self.load_E.shape[0] / total if total else 1.0
 
     @property
+    def num_dropped(self) -> int:
+        """Rows that capacity dropped."""
+        return int(self.load_E.sum() - self.kept_E.sum())
+
+    @property
     def drop_rate(self) -> float:
         """Share of rows that capacity dropped."""
         total = int(self.load_E.sum())
-        return int(self.num_dropped) / total if total else 0.0
+        return self.num_dropped / total if total else 0.0
 
     @property
     def entropy(self) -> float:

@@ -17,8 +17,8 @@ from moesaic.core.errors import BackendError, CheckpointError, ConfigError
 from moesaic.core.files import cannot_write, replacing_file
 from moesaic.core.routing import Routing
 
-SCHEMA_VERSION = 1
-"""The newest form of trace file that this version writes and reads."""
+SCHEMA_VERSION = 2
+"""The newest form of trace file that this version writes and reads; 1 always has a number for ``top_k``."""
 
 _METADATA_KEY = b"moesaic.routing_trace"
 
@@ -46,7 +46,8 @@ class TraceMetadata:
         recipe: the recipe of its MoE layers, or empty.
         layer_names: module path of each MoE layer, in depth order; ``layer`` indexes it.
         num_experts: experts of each layer, in the same order.
-        top_k: choices that a token gets in a layer.
+        top_k: choices that every token gets in every layer; None where the number differs. A token that no expert
+            of a layer took has no row there.
         token_text: the text of each token id, or empty. A token whose bytes are no whole characters is
             ``raw_bytes.decode("utf-8", "surrogateescape")``, so that every byte can be told.
         domains: names of the kinds of text; ``domain`` indexes it, and -1 is a row of unknown kind.
@@ -55,7 +56,7 @@ class TraceMetadata:
     model: str
     layer_names: tuple[str, ...]
     num_experts: tuple[int, ...]
-    top_k: int
+    top_k: int | None
     recipe: str = ""
     token_text: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
@@ -141,7 +142,7 @@ class RoutingTrace:
 
     @property
     def num_tokens(self) -> int:
-        """Different (sequence, position) pairs."""
+        """Different (sequence, position) pairs; a token that no expert of any layer took is not among them."""
         return len(np.unique(self.sequence.astype(np.int64) << 32 | self.position.astype(np.int64)))
 
     @property
@@ -157,6 +158,8 @@ class RoutingTrace:
     def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
         """Put traces of one model end to end; sequences are numbered on, domains are joined by name.
 
+        ``top_k`` is None where they differ in it.
+
         Raises:
             ConfigError: if there are none, or if they come from models with other layers, experts or tokens.
         """
@@ -164,7 +167,7 @@ class RoutingTrace:
             raise ConfigError("concatenate needs at least one trace, got none.")
         first = traces[0].metadata
         for number, trace in enumerate(traces):
-            for name in ("layer_names", "num_experts", "top_k", "token_text"):
+            for name in ("layer_names", "num_experts", "token_text"):
                 if getattr(trace.metadata, name) != getattr(first, name):
                     raise ConfigError(
                         f"Only traces of one model can be joined, but trace {number} has another {name} than "
@@ -181,7 +184,8 @@ class RoutingTrace:
             renumber = np.asarray([*(domains.index(name) for name in trace.metadata.domains), -1])
             domain.append(renumber[trace.domain])
         columns |= {"sequence": np.concatenate(sequence), "domain": np.concatenate(domain)}
-        return cls(metadata=replace(first, domains=domains), **columns)
+        same = {trace.metadata.top_k for trace in traces} == {first.top_k}
+        return cls(metadata=replace(first, domains=domains, top_k=first.top_k if same else None), **columns)
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, whole or not at all; what stood at ``path`` stays until the new file is complete.

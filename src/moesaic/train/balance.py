@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moesaic.core.errors import ConfigError
 from moesaic.train import ranks
 
 if TYPE_CHECKING:
-    from moesaic.hf import Seen
+    from moesaic.hf import GlobalBatch, Seen, Steered
+    from moesaic.telemetry.summary import RoutingSummary
 
 
 class BalanceCallback(TrainerCallback):
     """Step every balance controller of a sparse model after each optimizer step.
 
-    The load is that of the whole step: summed over its micro-batches and over all ranks, padding left out.
-    Evaluation moves nothing, nor does the second forward of gradient checkpointing. The controllers' state is the
-    routers' bias buffers, saved with the model. Works in any ``transformers.Trainer``.
+    Loads, kept rows and tokens are those of the whole step: summed over its micro-batches and over all ranks, padding
+    left out. So is the load that a loss over the global batch reads, as far as the step has come. Evaluation moves
+    nothing, nor does the second forward of gradient checkpointing. The controllers' state is buffers of the layers,
+    saved with the model. Works in any ``transformers.Trainer``.
 
     Raises:
         ConfigError: when training begins, if label smoothing would leave the balance losses out.
     """
 
     def __init__(self) -> None:
-        self._controllers: dict[str, Any] = {}
-        self._loads: dict[str, Tensor] = {}
+        self._steered: list[Steered] = []
+        self._counted: set[str] = set()
+        self._seen: dict[str, RoutingSummary] = {}
+        self._batch: GlobalBatch | None = None
         self._stack = ExitStack()
 
     def on_train_begin(
@@ -41,31 +44,34 @@ class BalanceCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Find the controllers, and begin to count if there are any."""
-        from moesaic.hf import bias_controllers, observe
+        """Find the controllers and the losses over the global batch, and begin to count if there are any."""
+        from moesaic.hf import controllers, global_batch, observe, uses_global_batch
 
         assert model is not None
         check_balance_is_in_the_loss(model, args)
         self.close()
-        self._controllers = dict(bias_controllers(model))
-        if self._controllers:
+        self._steered = controllers(model)
+        self._counted = {layer for steered in self._steered for layer in steered.layers}
+        if self._steered:
             self._stack.enter_context(observe(model, self._count))
+        if uses_global_batch(model):
+            self._batch = self._stack.enter_context(global_batch(model))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin a new count."""
-        self._loads.clear()
+        self._begin()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Step the controllers on the load of the step."""
-        if self._loads and ranks.count() > 1:
+        """Step the controllers on the counts of the step."""
+        if self._seen and ranks.count() > 1:
             self._sum_over_ranks()
-        for layer, load_E in self._loads.items():
-            self._controllers[layer].step(load_E)
-        self._loads.clear()
+        for steered in self._steered:
+            steered.step(self._seen)
+        self._begin()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,20 +82,30 @@ class BalanceCallback(TrainerCallback):
     def close(self) -> None:
         """Stop counting; for training that ends with an exception."""
         self._stack.close()
-        self._controllers = {}
-        self._loads.clear()
+        self._steered, self._batch = [], None
+        self._seen.clear()
+
+    def _begin(self) -> None:
+        self._seen.clear()
+        if self._batch is not None:
+            self._batch.step()
 
     def _sum_over_ranks(self) -> None:
-        loads = list(self._loads.values())
-        total = torch.cat(loads)
-        dist.all_reduce(total)
-        self._loads = dict(zip(self._loads, torch.split(total, [len(load_E) for load_E in loads]), strict=True))
+        from moesaic.hf.reports import summed_over_ranks
+
+        names = ("load_E", "kept_E", "num_tokens")
+        mine = [getattr(summary, name) for summary in self._seen.values() for name in names]
+        total = iter(summed_over_ranks(mine))
+        self._seen = {
+            layer: replace(summary, **{name: next(total) for name in names}) for layer, summary in self._seen.items()
+        }
 
     def _count(self, seen: Seen) -> None:
-        if seen.training and seen.layer in self._controllers:
-            load_E = seen.routing.load_E
-            before_E = self._loads.get(seen.layer)
-            self._loads[seen.layer] = load_E if before_E is None else before_E + load_E
+        from moesaic.telemetry.summary import RoutingSummary
+
+        if seen.training and seen.layer in self._counted:
+            new, old = RoutingSummary.of(seen.routing), self._seen.get(seen.layer)
+            self._seen[seen.layer] = new if old is None else old + new
 
 
 def check_balance_is_in_the_loss(model: nn.Module, args: TrainingArguments) -> None:

@@ -87,6 +87,8 @@ def build_model(kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerFa
         "hidden": backbone.hidden,
         "num_experts": config.num_experts,
         "top_k": config.top_k,
+        "layers": config.sparse_layers,
+        "init_std": backbone.init_std,
         "aux_coefficients": config.aux_coefficients,
         **config.options,
     }

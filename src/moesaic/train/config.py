@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any, TypeAlias
 import torch
 
 from moesaic.core.errors import ConfigError
+from moesaic.train.backbone import ENCODER_DECODERS, FAMILIES, ROTARY, WITHOUT_ATTENTION
 
 Option: TypeAlias = float | int | str | bool
 
-BACKBONES = ("llama", "qwen3", "gpt2")
+BACKBONES = tuple(FAMILIES)
 DTYPES = ("auto", "float32", "bfloat16")
 
 # Settings that a resumed run may change: none of them reaches a weight.
@@ -23,6 +25,7 @@ FREE_TO_CHANGE = frozenset({"out", "eval_every", "eval_tokens", "save_every", "l
 _POSITIVE = ("width", "layers", "steps", "batch_size", "grad_accumulation", "log_every", "keep")
 _POSITIVE_OR_AUTO = ("heads", "hidden", "num_experts", "top_k", "eval_every", "eval_tokens", "save_every")
 _NOT_NEGATIVE = ("warmup", "seed", "weight_decay")
+_INDICES = re.compile(r"[0-9]+(,[0-9]+)*")
 _WHOLE = (*_POSITIVE, *_POSITIVE_OR_AUTO, "warmup", "seed", "context")
 
 
@@ -35,10 +38,13 @@ class TrainConfig:
         recipe: a name from ``moesaic.recipes.names()``.
         data: ``builtin``, or a text file, JSON lines, Parquet or folder.
         tokenizer: ``bytes``, ``bpe:SIZE`` or a tokenizer folder.
-        backbone: ``llama``, ``qwen3`` or ``gpt2``.
+        backbone: ``llama``, ``qwen3`` or ``gpt2``; ``jamba``, a hybrid of Mamba and attention; ``lstm``, with the MoE
+            between its layers; ``t5``, whose encoder reads half the context and whose decoder writes the other half.
         width: size of the residual stream.
-        layers: transformer blocks.
-        heads: attention heads; by default as many heads of 32 as fit.
+        layers: transformer blocks; of each of encoder and decoder in ``t5``; LSTM layers in ``lstm``.
+        moe_layers: which feed-forward networks become MoE: ``all``; ``every-2``, the second of each pair; or indices
+            in depth order, as in ``1,3``, the decoder's on from the encoder's.
+        heads: attention heads; by default as many heads of 32 as fit. ``lstm`` has none.
         hidden: hidden size of one expert; by default ``2 * width``.
         num_experts: experts of each layer; by default the recipe's.
         top_k: experts that a token meets; by default the recipe's.
@@ -46,7 +52,8 @@ class TrainConfig:
         options: further options of the recipe.
         aux_coefficients: how strongly balance losses pull, by name; by default as the recipe says.
         init_std: standard deviation of the initial weights of MoE and twin; by default 0.02, and for widths below
-            768 larger as one over the square root of the width, so that activations keep their size.
+            768 larger as one over the square root of the width, so that activations keep their size. ``t5`` draws its
+            own weights by their fan-in, as published: there this is for the experts alone.
         steps: optimizer steps.
         batch_size: sequences of one micro-batch and device.
         grad_accumulation: micro-batches of one optimizer step.
@@ -74,6 +81,7 @@ class TrainConfig:
     backbone: str = "llama"
     width: int = 128
     layers: int = 4
+    moe_layers: str = "all"
     heads: int | None = None
     hidden: int | None = None
     num_experts: int | None = None
@@ -102,9 +110,7 @@ class TrainConfig:
         _fill(self, "out", Path(self.out))
         self._check_numbers()
         self._check_choices()
-        if self.heads is None:
-            _fill(self, "heads", max(1, self.width // 32))
-        self._check_attention(self.heads or 1)
+        self._check_backbone()
         _default(self, "hidden", 2 * self.width)
         _default(self, "init_std", 0.02 * max(1.0, math.sqrt(768 / self.width)))
         _default(self, "warmup", self.steps // 20)
@@ -142,6 +148,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}. Pick one of them.")
+        if self.moe_layers not in ("all", "every-2") and not _INDICES.fullmatch(str(self.moe_layers)):
+            raise ConfigError(
+                f"moe_layers must be all, every-2 or indices such as 1,3, got {self.moe_layers!r}. Pick one of them."
+            )
         if self.tokenizer == "":
             raise ConfigError("tokenizer must be bytes, bpe:SIZE or a folder, got an empty name. Use bytes.")
 
@@ -160,16 +170,42 @@ class TrainConfig:
         with torch.device("meta"):
             recipe.layer(self.width, hidden=self.hidden or 1, **options)
 
+    def _check_backbone(self) -> None:
+        if self.backbone in WITHOUT_ATTENTION:
+            if self.heads is not None:
+                raise ConfigError(
+                    f"heads are for backbones with attention, which {self.backbone} has not, got {self.heads}. "
+                    "Leave heads out."
+                )
+            if self.layers < 2:
+                raise ConfigError(
+                    f"layers must be at least 2 for {self.backbone}, so that the MoE stands between two of them, got "
+                    f"{self.layers}. Raise layers."
+                )
+        else:
+            _default(self, "heads", max(1, self.width // 32))
+            self._check_attention(self.heads or 1)
+        if self.backbone in ENCODER_DECODERS and self.context % 2:
+            raise ConfigError(
+                f"context must be even for {self.backbone}, half of it for the encoder and half for the decoder, got "
+                f"{self.context}. Try context={self.context + 1}."
+            )
+
     def _check_attention(self, heads: int) -> None:
         if self.width % heads:
             raise ConfigError(
                 f"heads must divide width={self.width}, got {heads}. Try heads={math.gcd(self.width, heads)}."
             )
-        if self.backbone != "gpt2" and (self.width // heads) % 2:
+        if self.backbone in ROTARY and (self.width // heads) % 2:
             raise ConfigError(
                 f"width / heads must be even for the rotary positions of {self.backbone}, got {self.width} / {heads} = "
                 f"{self.width // heads}. Change heads or width."
             )
+
+    @property
+    def sparse_layers(self) -> str | list[int]:
+        """``moe_layers`` as ``moesaic.sparsify`` takes it."""
+        return [int(index) for index in self.moe_layers.split(",")] if self.moe_layers[0].isdigit() else self.moe_layers
 
     @property
     def tokens_per_step(self) -> int:

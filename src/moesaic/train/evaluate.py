@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.core.errors import DataError
+from moesaic.data.blocks import IGNORED
 from moesaic.train import ranks
 from moesaic.train.meter import RoutingMeter
 from moesaic.train.order import collate
 
 
 class Blocks(Protocol):
-    """Token blocks labelled by domain, as ``moesaic.data.TokenBlocks``."""
+    """Token blocks labelled by domain, as ``moesaic.data.TokenBlocks`` or ``moesaic.data.PrefixBlocks``."""
 
     @property
     def domains(self) -> Sequence[str]:
@@ -79,7 +80,7 @@ class Evaluator:
             block = blocks[index]
             domain = int(block["domain"])
             in_domain[domain].append(index)
-            tokens[domain].append(_num_predicted(block["labels"]))
+            tokens[domain].append(int((_targets(block) != IGNORED).sum()))
         self._chosen = _interleave(
             [_spread(indices, max_tokens, sum(tokens[domain])) for domain, indices in enumerate(in_domain)]
         )
@@ -89,6 +90,9 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, model: nn.Module, *, autocast: AbstractContextManager[Any] | None = None) -> Evaluation:
         """Evaluate; the model is left in the mode it came in."""
+        # Some routers ask which domain a sequence belongs to.
+        from moesaic.hf import domains as telling
+
         device = next(model.parameters()).device
         totals = torch.zeros(len(self.domains), 2, dtype=torch.float64, device=device)
         mine = self._chosen[ranks.own() :: ranks.count()]
@@ -99,7 +103,8 @@ class Evaluator:
                 for start in range(0, len(mine), self.batch_size):
                     items = [self.blocks[index] for index in mine[start : start + self.batch_size]]
                     domain_B = torch.stack([item["domain"].reshape(()) for item in items]).to(device)
-                    totals.index_add_(0, domain_B, _bits_and_tokens(model, items, device))
+                    with telling(domain_B):
+                        totals.index_add_(0, domain_B, _bits_and_tokens(model, items, device))
                 load_max_over_mean, drop_rate = meter.means()
         finally:
             model.train(was_training)
@@ -123,15 +128,23 @@ class Evaluator:
 def _bits_and_tokens(model: nn.Module, items: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor:
     """Give each block's bits and predicted tokens, float64 (B, 2)."""
     batch = {name: tensor.to(device) for name, tensor in collate(items).items()}
-    label_BP = batch.pop("labels")[:, 1:]
-    logits_BPV = model(**batch, use_cache=False).logits[:, :-1].float()
-    nats_BP = F.cross_entropy(logits_BPV.transpose(1, 2), label_BP, ignore_index=-100, reduction="none")
+    target_BP = torch.stack([_targets(item) for item in items]).to(device)
+    if not _has_encoder(items[0]):
+        # The last position predicts what is in no block; an encoder-decoder shifts its labels to be its input.
+        del batch["labels"]
+    logits_BPV = model(**batch, use_cache=False).logits[:, : target_BP.shape[1]].float()
+    nats_BP = F.cross_entropy(logits_BPV.transpose(1, 2), target_BP, ignore_index=IGNORED, reduction="none")
     bits_B = nats_BP.double().sum(dim=1) / math.log(2)
-    return torch.stack([bits_B, (label_BP != -100).sum(dim=1).double()], dim=1)
+    return torch.stack([bits_B, (target_BP != IGNORED).sum(dim=1).double()], dim=1)
 
 
-def _num_predicted(label_P: Tensor) -> int:
-    return int((label_P[1:] != -100).sum())
+def _has_encoder(block: Mapping[str, Tensor]) -> bool:
+    return "decoder_attention_mask" in block
+
+
+def _targets(block: Mapping[str, Tensor]) -> Tensor:
+    """What a model's first logits, and those after them, predict: from its own first token on, the second."""
+    return block["labels"] if _has_encoder(block) else block["labels"][1:]
 
 
 def _spread(indices: list[int], max_tokens: int | None, num_tokens: int) -> list[int]:

@@ -75,13 +75,14 @@ def _model_of(run: folder.Run) -> Path:
 
 
 def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from moesaic.hf.register import register
 
     register()
-    load: Any = AutoModelForCausalLM.from_pretrained
     try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        load: Any = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_pretrained
         model, info = load(str(path), local_files_only=True, use_safetensors=True, output_loading_info=True)
     except ConfigError as error:
         raise CheckpointError(

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.core.errors import ConfigError
+from moesaic.train.backbone import ENCODER_DECODERS
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from moesaic.data import TokenBlocks
+    from moesaic.data import PrefixBlocks, TokenBlocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +30,7 @@ class Material:
     """
 
     tokenizer: PreTrainedTokenizerFast
-    blocks: TokenBlocks
+    blocks: TokenBlocks | PrefixBlocks
     evaluator: Evaluator
     last_evaluator: Evaluator
     fingerprint: str
@@ -46,7 +47,7 @@ class Material:
             DataError: if the data cannot be read, or give no full block, or nothing is held out.
             ConfigError: if the fingerprint is another.
         """
-        from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
+        from moesaic.data import PrefixBlocks, TokenBlocks, load_corpus, load_tokenizer
 
         corpus = load_corpus(config.data)
         if fingerprint is not None and corpus.fingerprint != fingerprint:
@@ -55,8 +56,9 @@ class Material:
                 f"{fingerprint}, now it is {corpus.fingerprint}. Restore the data, or start a new run."
             )
         own: Any = load_tokenizer(config.tokenizer if tokenizer is None else str(tokenizer), corpus)
-        blocks = TokenBlocks(corpus.train, own, config.context)
-        held_out: Any = TokenBlocks(corpus.held_out, own, config.context)
+        blocks_of = PrefixBlocks if config.backbone in ENCODER_DECODERS else TokenBlocks
+        blocks = blocks_of(corpus.train, own, config.context)
+        held_out: Any = blocks_of(corpus.held_out, own, config.context)
         during = Evaluator(held_out, max_tokens=config.eval_tokens)
         last = Evaluator(held_out)
         return cls(tokenizer=own, blocks=blocks, evaluator=during, last_evaluator=last, fingerprint=corpus.fingerprint)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moesaic.hf import BalanceTerms, Seen
     from moesaic.telemetry.summary import RoutingSummary
 
-_COUNTS = ("load_E", "num_tokens", "num_dropped", "entropy_sum")
+_COUNTS = ("load_E", "kept_E", "num_tokens", "entropy_sum")
 Counts: TypeAlias = dict[str, dict[str, Tensor]]
 
 

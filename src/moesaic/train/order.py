@@ -39,11 +39,16 @@ class SeededOrder(Sampler[int]):
             given += self.num_sequences
 
 
-def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack sequences into a batch for a language model.
+def collate_with_domains(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """As :func:`collate`, and which domain each sequence belongs to as ``domain``, where the sequences say so."""
+    batch = collate(items)
+    return batch | {"domain": torch.stack([item["domain"] for item in items])} if "domain" in items[0] else batch
 
-    The attention mask is left out where nothing is padded: attention then takes its fast causal path.
+
+def collate(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack sequences into a batch for a language model, with a decoder of its own or without.
+
+    A mask is left out where nothing is padded: attention then takes its fast causal path.
     """
-    batch = {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
-    mask = torch.stack([item["attention_mask"] for item in items])
-    return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "domain"}
+    return {name: tensor for name, tensor in batch.items() if not name.endswith("mask") or not bool(tensor.all())}

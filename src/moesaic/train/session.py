@@ -21,7 +21,7 @@ from moesaic.train.finite import FiniteGuard
 from moesaic.train.history import HistoryCallback
 from moesaic.train.interrupt import InterruptCallback, TrainingStoppedError
 from moesaic.train.material import Material
-from moesaic.train.order import collate
+from moesaic.train.order import collate_with_domains
 from moesaic.train.progress import ProgressCallback
 from moesaic.train.trainer import MoeTrainer
 
@@ -110,7 +110,7 @@ class Session:
             args=training_arguments(self.config, self.run.folder / folder.CHECKPOINTS),
             train_dataset=self.material.blocks,
             eval_dataset=self.material.last_evaluator.blocks,
-            data_collator=collate,
+            data_collator=collate_with_domains,
             processing_class=self.material.tokenizer,
             callbacks=callbacks,
             evaluator=self.material.evaluator,

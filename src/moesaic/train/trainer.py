@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from moesaic.train.order import SeededOrder
 WEIGHTS = "model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 WINDOW = "window"
+
+# The matrix and the vector of a state space that Mamba's authors keep from decay.
+_NOT_DECAYED = ("A_log", "D")
 
 
 class MoeTrainer(Trainer):
@@ -52,10 +55,23 @@ class MoeTrainer(Trainer):
         super().__init__(**kwargs)
         assert isinstance(self.model, nn.Module)
         check_balance_is_in_the_loss(self.model, self.args)
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            # T5 takes any keyword, so the Trainer tells it the labels of all micro-batches and leaves it to divide its
+            # loss by them. It does not: gradients would be the sum over micro-batches and not their mean.
+            self.model_accepts_loss_kwargs = False
         self.evaluator = evaluator
         self.last_evaluator = last_evaluator or evaluator
         self.keep = keep
         self.last_evaluation: Evaluation | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; routers that ask which domain a sequence belongs to are told, if ``inputs`` do."""
+        from moesaic.hf import domains
+
+        domain_B = inputs.get("domain")
+        with nullcontext() if domain_B is None else domains(domain_B):
+            inputs = {name: value for name, value in inputs.items() if name != "domain"}
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure bits per byte, log it, and tell the callbacks."""
@@ -71,6 +87,11 @@ class MoeTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Name the parameters that decay: matrices, but for those of a state space."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[2] not in _NOT_DECAYED]
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

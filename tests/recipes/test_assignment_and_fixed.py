@@ -1,0 +1,133 @@
+"""Recipes that share tokens out evenly, or route by a fixed table or by chance: built as published."""
+
+import pytest
+import torch
+
+from moesaic import ConfigError, Context, recipes
+from moesaic.balance import LossTerm, depth_loss
+from moesaic.dispatch import Sort
+from moesaic.experts import MLPExperts, ResidualStack, SequentialExperts
+
+FAMILY = ("base", "hash", "thor", "sinkhorn", "expert-choice", "pangu-sigma", "mod")
+CAUSALITY = {
+    "base": "in evaluation",
+    "hash": "causal",
+    "thor": "causal",
+    "sinkhorn": "in evaluation",
+    "expert-choice": "never",
+    "pangu-sigma": "causal",
+    "mod": "in evaluation",
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_nothing_is_dropped_and_only_mod_has_a_loss(name):
+    recipe = recipes.get(name)
+    assert recipe.causality == CAUSALITY[name]
+    assert isinstance(recipe.layer(8, hidden=6, num_experts=4).dispatch, Sort)
+    loss = LossTerm(name="depth", loss=depth_loss, coefficient=0.01)
+    assert recipe.balance == ((loss,) if name == "mod" else ())
+
+
+PUBLISHED = [
+    ("base", {"num_experts": 128, "top_k": 1, "sublayers": 1, "assign_tokens": 1024, "activation": "relu"}),
+    ("hash", {"num_experts": 64, "top_k": 1, "vocab_size": 50_257, "seed": 42, "activation": "relu"}),
+    ("thor", {"num_experts": 2, "top_k": 1, "activation": "relu"}),
+    ("sinkhorn", {"num_experts": 64, "top_k": 1, "activation": "gelu"}),
+    ("expert-choice", {"num_experts": 64, "top_k": 2, "cap": None, "group": "batch", "activation": "gelu"}),
+    ("pangu-sigma", {"num_experts": 640, "top_k": 1, "num_domains": None, "activation": "gelu"}),
+    ("mod", {"num_experts": 1, "capacity": 0.125, "activation": "gelu"}),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), PUBLISHED)
+def test_the_published_numbers(name, numbers):
+    recipe = recipes.get(name)
+    layer = recipe.layer(4, hidden=2)
+    assert {option: recipe.options[option] for option in numbers} == numbers
+    assert layer.num_experts == numbers["num_experts"]
+    assert isinstance(layer.experts, SequentialExperts if name == "base" else MLPExperts)
+
+
+def test_base_starts_with_centroids_at_right_angles_and_experts_that_add_a_bias():
+    layer = recipes.get("base").layer(32, hidden=8, num_experts=6)
+    weight_ED = layer.router.weight.detach()
+    torch.testing.assert_close(weight_ED @ weight_ED.T, 0.01 * torch.eye(6), atol=1e-6, rtol=0)
+    assert all(isinstance(expert, ResidualStack) for expert in layer.experts)
+    assert all(expert.sublayers[0].down.weight.abs().sum() == 0 for expert in layer.experts)
+    assert layer.num_active_params == layer.router.weight.numel() + sum(
+        p.numel() for p in layer.experts[0].parameters()
+    )
+
+
+@pytest.mark.parametrize(("num_experts", "num_domains"), [(640, 4), (8, 4), (6, 1), (2, 1)])
+def test_pangu_sigma_has_four_domains_where_they_divide_the_experts(num_experts, num_domains):
+    layer = recipes.get("pangu-sigma").layer(4, hidden=2, num_experts=num_experts, vocab_size=10)
+    assert layer.router.table_QV.shape == (num_domains, 10)
+
+
+def test_pangu_sigma_s_experts_are_counted_as_published():
+    """Reference 10.5: 8 layers of 640 experts of 2 * 5120 * 20480 are 1.0737T parameters."""
+    with torch.device("meta"):
+        layer = recipes.get("pangu-sigma").layer(5120, hidden=20480, vocab_size=10)
+    assert 8 * sum(p.numel() for p in layer.experts.parameters()) == 1_073_741_824_000
+    assert layer.num_active_params == 2 * 5120 * 20480
+
+
+def test_a_submodel_of_one_domain_is_the_whole_on_its_texts():
+    torch.manual_seed(0)
+    layer = recipes.get("pangu-sigma").layer(6, hidden=5, num_experts=8, vocab_size=20, init_std=0.5)
+    alone = recipes.get("pangu-sigma").layer(6, hidden=5, num_experts=2, vocab_size=20, num_domains=1)
+    with torch.no_grad():
+        for ours, theirs in zip(alone.experts.parameters(), layer.experts.parameters(), strict=True):
+            ours.copy_(theirs[4:6])
+        alone.router.table_QV.copy_(layer.router.table_QV[2:3] - 4)
+    x_TD, id_T = torch.randn(15, 6), torch.randint(20, (15,))
+    whole_TD, _ = layer(x_TD, None, Context(id_T=id_T, domain_T=torch.full((15,), 2)))
+    assert torch.equal(alone(x_TD, None, Context(id_T=id_T))[0], whole_TD)
+
+
+@pytest.mark.parametrize("name", ["base", "hash", "thor", "pangu-sigma"])
+def test_more_than_one_choice_is_refused_where_none_is_published(name):
+    with pytest.raises(ConfigError) as error:
+        recipes.get(name).layer(8, hidden=6, num_experts=4, top_k=3)
+    assert str(error.value) == (f"recipe {name} sends each token to one expert, got top_k=3. Leave out top_k.")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("num_experts", [2, 3, 7])
+def test_any_number_of_experts_can_be_built(name, num_experts):
+    layer = recipes.get(name).layer(8, hidden=6, num_experts=num_experts)
+    zeros_T = torch.zeros(5, dtype=torch.int64)
+    y_TD, routing = layer(torch.randn(5, 8), None, Context(id_T=zeros_T, domain_T=zeros_T))
+    assert y_TD.isfinite().all()
+    assert routing.num_experts == num_experts
+
+
+OTHERS = {
+    "base": {"num_experts": 6, "sublayers": 2, "assign_tokens": 8, "activation": "gelu", "init_std": 0.7},
+    "hash": {"num_experts": 6, "seed": 1, "activation": "gelu", "init_std": 0.7},
+    "thor": {"num_experts": 6, "activation": "gelu", "init_std": 0.7},
+    "sinkhorn": {"num_experts": 6, "top_k": 2, "activation": "relu", "init_std": 0.7},
+    "expert-choice": {"num_experts": 6, "top_k": 1, "cap": 2, "group": "sequence", "activation": "relu"},
+    "pangu-sigma": {"num_experts": 12, "num_domains": 2, "vocab_size": 30, "seed": 1, "activation": "relu"},
+    "mod": {"num_experts": 2, "capacity": 0.4, "activation": "relu", "init_std": 0.7},
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, some in OTHERS.items() for option in some])
+def test_every_option_is_used(name, option):
+    """Trap 24: an option that changes nothing is a lie."""
+    base = {"num_experts": 8, "vocab_size": 20, "init_std": 0.5}
+    base = {key: value for key, value in base.items() if key in recipes.get(name).options}
+    context = Context(
+        sequence_T=torch.arange(40) // 10, id_T=torch.arange(40) % 20, domain_T=torch.arange(40) // 10 % 2
+    )
+    outcomes = []
+    for options in (base, base | {option: OTHERS[name][option]}):
+        torch.manual_seed(0)
+        layer = recipes.get(name).layer(6, hidden=5, **options)
+        x_TD = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(2)
+        outcomes.append((layer(x_TD, None, context)[0], layer.eval()(x_TD, None, context)[0]))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(*outcomes, strict=True))
