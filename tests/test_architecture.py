@@ -45,6 +45,7 @@ HEAVY = {
     "tensorboard",
     "triton",
     "scipy",
+    "sklearn",
 }
 ERRORS = {"MoesaicError", "ConfigError", "ShapeError", "DataError", "CheckpointError", "BackendError"}
 MAX_FILE_LINES = 400

@@ -215,6 +215,15 @@ def test_a_broken_link_is_found():
     assert broken_links(page, ROOT / "README.md") == ["docs/gone.md", "README.md#nowhere", "no.svg"]
 
 
+# --- pages that are written from the code ---------------------------------------------------------------------------
+
+
+def test_the_catalogue_is_what_the_recipes_say_about_themselves():
+    """If this fails: ``python tools/catalogue.py docs/catalogue.md``."""
+    written = runpy.run_path(str(ROOT / "tools" / "catalogue.py"))["page"]()
+    assert (ROOT / "docs" / "catalogue.md").read_text("utf-8").splitlines() == written.splitlines()
+
+
 # --- nothing of the machine that it was written on ------------------------------------------------------------------
 
 # Absolute paths into a work folder or a home, private hosts, and settings that name a package index.
@@ -249,3 +258,13 @@ def test_no_file_names_the_machine_that_it_was_written_on():
 )
 def test_a_private_path_is_found(text):
     assert _PRIVATE.search(text)
+
+
+def test_the_page_of_laws_has_a_line_for_each_recipe_and_nothing_that_fails():
+    """`make pages` writes it from a run of the laws; this only sees that nobody forgot to."""
+    from moesaic import recipes
+
+    page = (ROOT / "docs" / "laws.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE) == recipes.names()
+    assert "✗" not in page
+    assert "not run" not in page

@@ -4,7 +4,17 @@ import json
 import subprocess
 import sys
 
-HEAVY = ("transformers", "matplotlib", "pyarrow", "datasets", "triton", "tokenizers", "accelerate", "tensorboard")
+HEAVY = (
+    "transformers",
+    "matplotlib",
+    "pyarrow",
+    "datasets",
+    "triton",
+    "tokenizers",
+    "accelerate",
+    "tensorboard",
+    "sklearn",
+)
 MAX_COST_S = 0.3
 TRIES = 5
 

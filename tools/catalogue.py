@@ -59,7 +59,7 @@ def _overview() -> Iterator[str]:
 
 
 def _entry(recipe: Recipe) -> Iterator[str]:
-    yield f"## {recipe.name} {{ #{_anchor(recipe.name)} }}"
+    yield f"## {recipe.name}"
     yield ""
     yield f"**{recipe.year}**: {recipe.summary}."
     yield ""
@@ -86,7 +86,8 @@ def _entry(recipe: Recipe) -> Iterator[str]:
 
 
 def _anchor(name: str) -> str:
-    return name.replace(".", "-").replace("+", "p")
+    """What GitHub and mkdocs make of the heading."""
+    return re.sub(r"[^\w-]", "", name)
 
 
 def _cell(text: str) -> str:

@@ -19,10 +19,33 @@ from moesaic.core.routing import Routing, checked_mask
 from moesaic.experts.lora import LoRAExperts
 from moesaic.routers.linear import LinearRouter, widened
 
-_NO_KERNEL = "LoRAExperts: no kernel, the low-rank products of all experts at once"
+
+class _EveryLoRA(nn.Module):
+    """What layers have in common in which every low-rank expert works on every token."""
+
+    experts: LoRAExperts
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.experts.num_experts
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the layer, frozen ones counted."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_active_params(self) -> int:
+        """All of them: every expert works on every token."""
+        return self.num_params
+
+    def kernel_report(self) -> str:
+        """That no kernel serves low-rank experts."""
+        return "LoRAExperts: no kernel, the low-rank products of all experts at once"
 
 
-class LoRAMoE(nn.Module):
+class LoRAMoE(_EveryLoRA):
     """All low-rank experts on every token, mixed anew in each of the network's three linear maps (LoRAMoE).
 
     Each map has a router of its own: those of gate and up read the token, that of down reads the hidden vector. ``y =
@@ -76,27 +99,8 @@ class LoRAMoE(nn.Module):
         assert isinstance(router, LinearRouter)
         return router.logits(x_TD)
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.experts.num_experts
 
-    @property
-    def num_params(self) -> int:
-        """Parameters of the layer, frozen ones counted."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_active_params(self) -> int:
-        """All of them: every expert works on every token."""
-        return self.num_params
-
-    def kernel_report(self) -> str:
-        """That no kernel serves low-rank experts."""
-        return _NO_KERNEL
-
-
-class MoLE(nn.Module):
+class MoLE(_EveryLoRA):
     """Trained low-rank networks composed by a gate that looks at what each makes of the token (MoLE).
 
     ``y = F(x) + sum_e G_e E_e(x)``: F is the frozen network, ``E_e`` the network of the e-th LoRA's matrices alone,
@@ -139,29 +143,8 @@ class MoLE(nn.Module):
         scores_TE = logits_TE.softmax(dim=-1)
         mixed_TD = torch.einsum("te,ted->td", scores_TE, out_TED.to(scores_TE.dtype))
         y_TD = (self.experts.base(x_TD) + mixed_TD).masked_fill(~valid_T[:, None], 0)
-        weight_TE = scores_TE.masked_fill(~valid_T[:, None], 0)
-        every_TE = torch.ones_like(weight_TE, dtype=torch.bool)
-        routing = Routing.from_mask(every_TE, weight_TE, logits_TE, scores_TE, valid_T)
+        routing = Routing.from_mixture(scores_TE, logits_TE, scores_TE, valid_T)
         return y_TD.to(x_TD.dtype), replace(routing, sequence_T=context.sequence_T)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.experts.num_experts
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the layer, frozen ones counted."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_active_params(self) -> int:
-        """All of them: every LoRA works on every token."""
-        return self.num_params
-
-    def kernel_report(self) -> str:
-        """That no kernel serves low-rank experts."""
-        return _NO_KERNEL
 
 
 def _kaiming(weight: Tensor, fan_in: int) -> None:
@@ -173,10 +156,8 @@ def _three_in_one(logits_GTE: Tensor, valid_T: Tensor, context: Context) -> Rout
     scores_TE = logits_GTE.softmax(dim=-1).mean(dim=0)
     # The logarithm of the mean, by logarithms all the way: finite where every probability has underflowed.
     logits_TE = logits_GTE.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits_GTE))
-    weight_TE = scores_TE.masked_fill(~valid_T[:, None], 0)
     extras: Mapping[str, Tensor] = {"linear_GTE": logits_GTE.softmax(dim=-1)}
     if context.domain_T is not None:
         extras = {**extras, "domain_T": context.domain_T}
-    every_TE = torch.ones_like(weight_TE, dtype=torch.bool)
-    routing = Routing.from_mask(every_TE, weight_TE, logits_TE, scores_TE, valid_T, extras=extras)
+    routing = Routing.from_mixture(scores_TE, logits_TE, scores_TE, valid_T, extras=extras)
     return replace(routing, sequence_T=context.sequence_T)

@@ -87,8 +87,7 @@ class MergedMoE(nn.Module):
         y_TD = run_grouped(x_TD, plan, gate, up, down, self.experts.activation, self.experts.kernel)
         logits_TE = spans.spread(logits_SE, num_tokens)
         weight_TE = spans.spread(weight_SE, num_tokens)
-        every_TE = torch.ones_like(weight_TE, dtype=torch.bool)
-        routing = Routing.from_mask(every_TE, weight_TE, logits_TE, logits_TE.softmax(dim=-1), valid_T)
+        routing = Routing.from_mixture(weight_TE, logits_TE, logits_TE.softmax(dim=-1), valid_T)
         return y_TD, replace(routing, sequence_T=context.sequence_T)
 
     @torch.no_grad()

@@ -85,7 +85,8 @@ class SoftMoE(nn.Module):
         out_SND = self._work(slots_SND.to(x_TD.dtype)).to(wide_TD.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             y_TD = spans.unstack(spans.stack(combine_TN) @ out_SND, num_tokens)
-        routing = _table(logits_TES, combine_TN.view_as(logits_TES), valid_T)
+        scores_TE = combine_TN.view_as(logits_TES).sum(dim=-1)
+        routing = Routing.from_mixture(scores_TE, logits_TES.logsumexp(dim=-1), scores_TE, valid_T)
         return y_TD.to(x_TD.dtype), replace(routing, sequence_T=context.sequence_T)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
@@ -150,10 +151,3 @@ def _softmax_over_places(spans: Spans, logits_TN: Tensor) -> Tensor:
     # The lowest finite number and not -inf: a span without any token must not give NaN.
     logits_SPN = logits_SPN.masked_fill(empty_SP1, torch.finfo(logits_SPN.dtype).min)
     return logits_SPN.softmax(dim=1).masked_fill(empty_SP1, 0)
-
-
-def _table(logits_TES: Tensor, combine_TES: Tensor, valid_T: Tensor) -> Routing:
-    logits_TE = logits_TES.logsumexp(dim=-1)
-    scores_TE = combine_TES.sum(dim=-1)
-    weight_TE = scores_TE.masked_fill(~valid_T[:, None], 0)
-    return Routing.from_mask(torch.ones_like(weight_TE, dtype=torch.bool), weight_TE, logits_TE, scores_TE, valid_T)

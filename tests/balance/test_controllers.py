@@ -91,3 +91,13 @@ def test_loads_of_another_number_of_experts_are_refused(shape):
         f"load_E must have one entry for each of 3 experts, got shape {shape}. "
         "Pass Routing.load_E, summed over the step."
     )
+
+
+def test_at_a_rate_of_0_the_router_is_plain_top_k():
+    """Reference 21.1, invariant c."""
+    biased, plain = _router(4), TopKRouter(4, 4, top_k=2)
+    plain.load_state_dict({"weight": biased.weight.detach()})
+    BiasController(biased, rate=0.0).step(torch.tensor([9, 1, 0, 2]))
+    assert biased.bias_E.tolist() == [0.0] * 4
+    x_TD = torch.randn(30, 4)
+    assert torch.equal(biased(x_TD).expert_N, plain(x_TD).expert_N)

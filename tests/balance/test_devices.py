@@ -107,3 +107,12 @@ def test_a_router_without_groups_does_not_say_where_experts_live(reader, who):
         f"{who} needs routing.extras['device_E'], which this routing does not have. It comes from a router with "
         "groups, such as TopKRouter(groups=GroupLimit(...)): use the two together, or another loss."
     )
+
+
+@every_loss
+def test_what_padding_chose_counts_for_no_device(loss):
+    """The last token is padding, and the only one on device 1."""
+    scores_TE = [[0.5, 0.3, 0.1, 0.1], [0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]]
+    routing = routing_of([[0], [1], [3]], scores_TE, [0, 0, 1, 1], 1)
+    routing = replace(routing, valid_T=torch.tensor([True, True, False]))
+    assert float(loss(routing)) == pytest.approx(2 * 0.8)

@@ -3,8 +3,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from moesaic import MoELayer, Routing
-from moesaic.balance import BiasController, BiasRule, LossTerm
+from moesaic import ConfigError, MoELayer, Routing
+from moesaic.balance import TERMS, AdaptiveRule, AnnealingRule, BiasController, BiasRule, LossTerm, SparsityRule, named
 from moesaic.experts import MLPExperts
 from moesaic.routers import TopKRouter
 
@@ -23,3 +23,26 @@ def test_a_bias_rule_builds_its_controller_with_its_numbers():
     (controller,) = BiasRule(rate=0.125, rule="proportional").build([layer])
     assert isinstance(controller, BiasController)
     assert (controller.router, controller.rate, controller.rule) == (layer.router, 0.125, "proportional")
+
+
+def test_a_term_by_name_has_the_number_that_it_was_given():
+    for name in TERMS:
+        (term,) = named({name: 1.5})
+        if isinstance(term, LossTerm):
+            assert (term.name, term.coefficient, term.adaptive) == (name, 1.5, name.startswith("adaptive-"))
+    assert named({"bias": 0.02, "drops": 0.03, "sparsity": 1.4, "annealing": 5}) == (
+        BiasRule(rate=0.02),
+        AdaptiveRule(alpha_max=0.03),
+        SparsityRule(factor=1.4),
+        AnnealingRule(),
+    )
+
+
+@pytest.mark.parametrize("value", [True, -0.5, float("inf"), float("nan"), "0.1", None])
+def test_the_number_of_a_term_is_finite_and_at_least_0(value):
+    with pytest.raises(ConfigError) as error:
+        named({"switch": 0.1, "z": value})
+    assert str(error.value) == (
+        f"The number of balance term z must be finite and at least 0, got {value!r}. Give a loss its coefficient, a "
+        "controller its rate."
+    )

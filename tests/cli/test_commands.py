@@ -63,6 +63,11 @@ BAD_ARGUMENTS = [
         ["--recipe=switch", "--option", "capacity_factor=high"],
         "option capacity_factor of recipe switch must be a finite",
     ),
+    (
+        ["--balance", "switch=much"],
+        "--balance must give a number, got 'much'. Write for example --balance switch=0.01.",
+    ),
+    (["--balance", "bias=0.01"], "BiasController needs a router with a selection bias, got TopKRouter without one."),
     (["--aux", "switch=nan"], "The coefficient of balance loss switch must be a finite number of at least 0, got nan."),
     (["--backbone=t5", "--context=33"], "context must be even for t5, half of it for the encoder and half for the"),
     (

@@ -102,3 +102,35 @@ def test_a_mask_of_floats_is_refused_because_an_additive_one_means_the_opposite(
         "valid_T must be bool or integer, True where a token counts, got torch.bfloat16. "
         "A float mask may be additive, where 0 means the opposite: pass mask == 0, or mask.bool()."
     )
+
+
+def test_rows_of_a_mask_stand_by_token_falling_weight_and_rising_expert():
+    chosen_TE = torch.tensor([[True, True, False, True], [False] * 4, [False, True, True, True]])
+    weight_TE = torch.tensor([[0.2, 0.5, 9.0, 0.3], [1.0] * 4, [7.0, 0.1, 0.4, 0.4]])
+    routing = Routing.from_mask(chosen_TE, weight_TE, weight_TE, weight_TE, torch.tensor([True, True, False]))
+    assert routing.token_N.tolist() == [0, 0, 0, 2, 2, 2]
+    assert routing.expert_N.tolist() == [1, 3, 0, 2, 3, 1]
+    assert routing.choice_N.tolist() == [0, 1, 2, 0, 1, 2]
+    assert routing.weight_N.tolist() == pytest.approx([0.5, 0.3, 0.2, 0.4, 0.4, 0.1])
+    assert routing.load_E.tolist() == [1, 1, 0, 1]
+    assert routing.kept_N.tolist() == [True] * 3 + [False] * 3
+
+
+def test_a_mixture_has_a_row_for_each_token_and_expert_that_weighs_nothing_for_padding():
+    weight_TE = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+    extras = {"linear_GTE": torch.zeros(3, 2, 2)}
+    routing = Routing.from_mixture(weight_TE, weight_TE.log(), weight_TE, torch.tensor([True, False]), extras=extras)
+    assert routing.expert_N.tolist() == [1, 0, 0, 1]
+    assert routing.weight_N.tolist() == pytest.approx([0.7, 0.3, 0.0, 0.0])
+    assert routing.load_E.tolist() == [1, 1]
+    assert torch.equal(routing.scores_TE, weight_TE)
+    assert routing.extras == extras
+
+
+def test_a_mask_for_other_experts_than_the_weights_is_refused():
+    with pytest.raises(ShapeError) as error:
+        Routing.from_mask(torch.ones(2, 3).bool(), torch.ones(2, 3), torch.ones(2, 4), torch.ones(2, 4))
+    assert str(error.value) == (
+        "chosen_TE, weight_TE, logits_TE and scores_TE must all be (tokens, experts), got [(2, 3), (2, 4)]. "
+        "Pass all four for the same tokens and experts."
+    )

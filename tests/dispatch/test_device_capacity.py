@@ -74,6 +74,13 @@ def test_the_nearest_whole_number_to_a_share_of_the_sequences_loses_nothing(shar
     assert len(spared) == int(share * num_sequences + 0.5)
 
 
+@pytest.mark.parametrize(("num_sequences", "spared"), [(44, 31), (45, 32), (46, 32)])
+def test_a_share_that_floating_point_falls_short_of_is_rounded_as_it_is_written(num_sequences, spared):
+    """45 * 0.7 is 31.499999999999996 in float64, and 31.5 on paper: 32 sequences."""
+    routing = routing_of([[0]] * num_sequences, [[1.0]] * num_sequences, sequence_T=list(range(num_sequences)))
+    assert int(DeviceCapacity(1e-9, never_dropped=0.7)(routing).kept_N.sum()) == spared
+
+
 def test_rows_that_always_stay_count_against_the_budget():
     # Five sequences of two tokens, ten rows: the fifth stays; device 0 has room for five rows.
     weight_TK = [[1.0 - t / 100] for t in range(10)]

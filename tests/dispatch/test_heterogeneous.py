@@ -49,6 +49,13 @@ def test_which_rows_are_dropped_is_known_row_by_row():
     assert plan.load_E.tolist() == [2, 2, 1]
 
 
+def test_padding_that_comes_first_takes_nobody_s_place():
+    routing = _routing(torch.tensor([[0], [0], [1]]), 2, 1, 0.5, torch.tensor([False, True, True]))
+    dispatch = HeterogeneousCapacity(1.0)
+    assert dispatch.capacity(routing).tolist() == [1, 1, 1]
+    assert dispatch(routing).kept_N.tolist() == [False, True, True]
+
+
 def test_evaluation_drops_nothing_unless_told_to():
     routing = _routing(torch.zeros(10, 1, dtype=torch.int64), 2, 1, 0.5)
     assert int(HeterogeneousCapacity(0.5)(routing).load_E[0]) < 10

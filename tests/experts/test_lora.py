@@ -96,6 +96,16 @@ def test_dropout_drops_only_what_enters_the_changes_and_only_in_training():
     assert torch.equal(fresh(x_TD, plan), fresh(x_TD, plan))
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.6])
+def test_each_number_is_dropped_at_the_given_rate_and_the_others_are_scaled_up(rate):
+    low_rank = _experts(dropout=rate).gate
+    drawn_ND = low_rank.drawn(4000, torch.empty(0, 5, dtype=torch.float64))
+    assert drawn_ND.shape == (4000, 5)
+    assert (drawn_ND == 0).double().mean().item() == pytest.approx(rate, abs=0.02)
+    assert drawn_ND[drawn_ND != 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
+    assert low_rank.eval().drawn(4000, drawn_ND) is None
+
+
 def test_dropout_keeps_the_mean():
     torch.manual_seed(0)
     experts = _experts(dropout=0.3)

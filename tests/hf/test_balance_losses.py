@@ -14,6 +14,7 @@ from moesaic import ConfigError, recipes
 from moesaic.balance import TERMS, LossTerm, global_batch_loss, named, reinforce_loss, switch_loss, z_loss
 from moesaic.hf import balance, controllers, global_batch, moe_layers, observe, sparsify
 from moesaic.hf.layers import blocks
+from moesaic.hf.loss import token_rewards
 from moesaic.hf.register import register
 from tests.hf.test_every_recipe import seeded
 from tests.hf.test_every_recipe import sparse as of_recipe
@@ -95,6 +96,15 @@ def test_a_token_is_rewarded_with_minus_the_loss_of_the_prediction_that_it_makes
     # The label of a padding token's prediction, the first real token, belongs to no layer's token.
     assert float(mean) > 0
     assert not given[0].extras["reward_T"].requires_grad
+
+
+def test_rewards_of_logits_in_low_precision_are_worked_out_in_float32():
+    logits_BPV, labels = torch.randn(2, 5, 61).bfloat16(), torch.randint(61, (2, 5))
+    reward_T = token_rewards({"logits": logits_BPV}, labels, None)
+    assert reward_T.dtype == torch.float32
+    torch.testing.assert_close(
+        reward_T, token_rewards({"logits": logits_BPV.float()}, labels, None), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("tuples", [False, True])
@@ -308,6 +318,17 @@ def test_a_balance_that_does_nothing_is_refused_and_the_model_is_untouched(recip
     assert str(error.value) == message
     assert torch.equal(torch.get_rng_state(), before)
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_every_kind_of_layer_of_the_model_is_tried():
+    """In the second layer each token takes both experts: loads are even whatever the router does."""
+    sparsify(build("llama"), "mixtral", num_experts=[4, 2], balance={"z": 0.1})
+    with pytest.raises(ConfigError) as error:
+        sparsify(build("llama"), "mixtral", num_experts=[4, 2], balance={"switch": 0.1})
+    assert str(error.value) == (
+        "Balance loss switch pushes TopKRouter nowhere: with its routing the loss has one value, whatever the weights. "
+        "Use another loss."
+    )
 
 
 def test_coefficients_of_the_recipes_losses_do_not_go_with_another_balance():

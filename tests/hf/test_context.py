@@ -165,6 +165,17 @@ def test_gradients_through_the_layers_below_are_those_without_checkpointing(micr
     assert model.model.layers[0].mlp.moe.router.weight.grad.abs().sum() > 0
 
 
+def test_a_graph_that_is_kept_is_recomputed_with_the_same_logits_from_below():
+    model, inputs = listening(num_hidden_layers=3), batch("llama")
+    recompute(model)
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    model.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(gradients(model), once, rtol=0, atol=0)
+
+
 def test_domains_are_kept_for_recomputation():
     model, inputs = listening(), batch("llama")
     recompute(model)

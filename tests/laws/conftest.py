@@ -1,6 +1,6 @@
 """Writes the table of recipes and laws, docs/laws.md, from what a run of the tests has shown.
 
-``pytest tests/laws --write-laws docs/laws.md`` (``make laws``). One cell is one recipe under one law: it holds only if
+``pytest tests/laws --write-laws docs/laws.md`` (``make pages``). One cell is one recipe under one law: it holds only if
 every test of that law ran on the recipe and passed.
 """
 
@@ -19,8 +19,9 @@ HEAD = """\
 # Recipes and laws
 
 Each law is a fault that a well-known system shipped, turned round. Every recipe is tried on every law that it can be
-tried on; this page is written by the run of those tests (`make laws`). ✓: holds. A letter: does not apply, for the
-reason below the table. The tests are in `tests/laws`.
+tried on; this page is written by the run of those tests (`make pages`). ✓: holds. A letter: does not apply, for the
+reason below the table. The tests are in `tests/laws`. What every recipe is compared with besides, in rows, weights,
+outputs, losses and every gradient, are plain float64 loops (`tests/oracle`).
 
 """
 

@@ -48,6 +48,13 @@ def test_runs_forward_and_backward_at_any_size(name, width, num_tokens, dtype, t
 
 
 @every_design
+def test_the_table_names_the_sequences_that_the_context_named(name):
+    """Losses within sequences read them there, whichever layer wrote the table."""
+    layer, context = _layer(name, 32), context_for(12, plain(name), torch.float32)
+    assert torch.equal(layer(tokens(12, 32), None, context)[1].sequence_T, context.sequence_T)
+
+
+@every_design
 def test_the_kernel_is_reported_and_parameters_are_counted(name):
     layer = _layer(name, 32)
     assert layer.kernel_report()

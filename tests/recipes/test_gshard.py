@@ -58,6 +58,16 @@ def test_st_moe_adds_the_z_loss_and_a_dense_network_on_the_norm_of_what_came_bef
     assert layer.after.ffn.up_DF.shape == (8, 6)
 
 
+@pytest.mark.parametrize(("name", "scale"), [("gshard", 1.0), ("glam", 1.0), ("st-moe", 0.1)])
+def test_weights_start_at_the_published_share_of_the_variance(name, scale):
+    """Reference 7.4: ST-MoE starts as Switch, at a tenth of the usual variance; cut off at two deviations."""
+    layer = recipes.get(name).layer(400, hidden=100, num_experts=8)
+    for weight, fan_in in ((layer.router.weight, 400), (layer.experts.up_EDF, 400), (layer.experts.down_EFD, 100)):
+        std = (scale / fan_in) ** 0.5
+        assert weight.detach().abs().max().item() <= 2 * std
+        assert weight.detach().std().item() == pytest.approx(0.88 * std, rel=0.05)
+
+
 def test_openmoe_is_built_as_published():
     recipe = recipes.get("openmoe")
     layer = recipe.layer(8, hidden=6)

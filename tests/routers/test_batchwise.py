@@ -61,6 +61,12 @@ def test_in_evaluation_each_token_goes_by_the_thresholds_alone():
     assert alone.expert_N.tolist() == routing.expert_N[routing.token_N == 7].tolist()
 
 
+def test_a_gate_must_exceed_its_threshold():
+    """Reference 3.4: strictly above, so that an undecided gate takes nobody."""
+    router = BatchwiseRouter(5, 4, top_k=2, init=normal(0)).eval()
+    assert router(torch.randn(3, 5)).num_rows == 0
+
+
 def test_thresholds_start_at_the_mean_gate():
     assert BatchwiseRouter(5, 8, top_k=2).threshold_E.tolist() == [0.125] * 8
 

@@ -147,7 +147,7 @@ ERRORS = [
     (
         lambda: HashRouter(4, vocab_size=10)(torch.randn(2, 3)),
         "Hash routing needs Context.id_T, got none. Call layer(x_TD, valid_T, Context(id_T=...)); a model of "
-        "moesaic.sparsify passes token ids and sequences by itself.",
+        "moesaic.sparsify passes token ids and sequences by itself, and domains within moesaic.hf.domains(...).",
     ),
     (
         lambda: HashRouter(4, vocab_size=10)(torch.randn(2, 3), None, Context(id_T=torch.tensor([3, 10]))),
@@ -158,7 +158,8 @@ ERRORS = [
             torch.randn(1, 3), None, Context(id_T=torch.tensor([3]))
         ),
         "Domain hash routing with 2 domains needs Context.domain_T, got none. Call layer(x_TD, valid_T, "
-        "Context(domain_T=...)); a model of moesaic.sparsify passes token ids and sequences by itself.",
+        "Context(domain_T=...)); a model of moesaic.sparsify passes token ids and sequences by itself, and domains "
+        "within moesaic.hf.domains(...).",
     ),
     (
         lambda: DomainHashRouter(4, vocab_size=10, num_domains=2)(

@@ -83,12 +83,16 @@ def test_jitter_moves_only_the_router_s_copy_and_stays_in_its_band():
     router = TopKRouter(4, 4, top_k=2, jitter=0.25)
     with torch.no_grad():
         router.weight.copy_(torch.eye(4))
-    x_TD = torch.ones(500, 4)
-    ratio_TE = router(x_TD).logits_TE.detach()
-    assert torch.equal(x_TD, torch.ones(500, 4))
+    x_TD = torch.tensor([1.0, -4.0, 0.5, 100.0]).expand(500, 4).clone()
+    before_TD = x_TD.clone()
+    ratio_TE = router(x_TD).logits_TE.detach() / x_TD
+    assert torch.equal(x_TD, before_TD)
     assert 0.75 <= float(ratio_TE.min()) < 0.76
     assert 1.24 < float(ratio_TE.max()) <= 1.25
     assert abs(float(ratio_TE.mean()) - 1) < 0.02
+    # Each number of a token has a factor of its own.
+    assert torch.corrcoef(ratio_TE.T).fill_diagonal_(0).abs().max() < 0.2
+    assert torch.equal(router.eval()(x_TD).logits_TE, x_TD)
 
 
 def test_a_bias_that_is_common_to_all_experts_selects_nothing():
@@ -172,3 +176,15 @@ def test_the_bias_stays_float32_through_every_cast_and_follows_the_device():
 def test_the_bias_is_saved_with_the_router():
     assert "bias_E" in TopKRouter(8, 4, top_k=2, selection_bias=True).state_dict()
     assert "bias_E" not in TopKRouter(8, 4, top_k=2).state_dict()
+
+
+def test_bfloat16_logits_would_cost_a_third_of_the_best_expert_s_probability():
+    """Reference 7.2: ten logits of 128 and one of 128.5. Rounded to bfloat16 it falls from 0.142 to 0.091."""
+    router = TopKRouter(2, 11, top_k=1, normalize="scores")
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[128.0, 0.0]] * 10 + [[128.0, 0.5]]))
+    routing = router.bfloat16()(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert routing.weight_N.item() == pytest.approx(0.1415, abs=1e-4)
+    assert routing.expert_N.tolist() == [10]
+    rounded = routing.logits_TE.bfloat16().float().softmax(dim=-1)
+    assert rounded[0, 10].item() == pytest.approx(1 / 11)

@@ -97,6 +97,8 @@ def test_a_run_from_before_there_was_a_choice_of_layers_has_them_all():
 
 def test_settings_are_json_and_come_back_equal():
     config = TrainConfig(out=Path("x"), recipe="switch", options={"jitter": 0.1}, aux_coefficients={"switch": 0.5})
+    other = TrainConfig(out=Path("x"), balance={"z": 0.5})
+    assert TrainConfig.from_settings(json.loads(json.dumps(other.settings())), Path("x")) == other
     again = TrainConfig.from_settings(json.loads(json.dumps(config.settings())), Path("x"))
     assert again == config
 

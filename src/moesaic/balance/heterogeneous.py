@@ -18,7 +18,7 @@ def heterogeneous_loss(routing: Routing) -> Tensor:
     Raises:
         ConfigError: if the routing has no ``extras["eta_E"]``.
 
-    Source: Jin et al. 2024, "MoE++", section 3.3, eq. 8.
+    Source: Jin et al. 2024, "MoE++", section 3.3.
     """
     if "eta_E" not in routing.extras:
         raise missing_extra("eta_E", "the heterogeneous loss", "routers.ResidualRouter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,9 +27,16 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0.0)] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this mass.", min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.", min=0)] = 0,
+    domain: Annotated[
+        int | None, typer.Option(help="The text's domain, for recipes that ask: 0, 1, ...", min=0, show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text and speed as JSON at the end.")] = False,
 ) -> None:
-    """Let a trained model go on with a text."""
+    """Let a trained model go on with a text.
+
+    Domains are numbered in the order in which training lists their bits per byte.
+    """
+    from moesaic.hf import domains
     from moesaic.train import load_trained
 
     trained = load_trained(path)
@@ -41,7 +49,8 @@ def generate(
         print(prompt, end="", flush=True)
     start_s = time.perf_counter()
     screen = None if as_json else _Screen(trained, _num_given(trained, input_ids))
-    output = _generate(trained, input_ids, seed, screen, max_new_tokens, sampling)
+    with nullcontext() if domain is None else domains(domain):
+        output = _generate(trained, input_ids, seed, screen, max_new_tokens, sampling)
     spent_s = time.perf_counter() - start_s
     text = trained.tokenizer.decode(output, skip_special_tokens=True)
     if as_json:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from moesaic.lab import Outcome
+    from moesaic.lab import Gallery
+    from moesaic.lab.balance import BalanceResult
+    from moesaic.lab.precision import PrecisionResult
 
 app = typer.Typer(
     help="Run the experiments: what the literature claims, tested small enough for a laptop.",
@@ -20,86 +24,106 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+Out = Annotated[Path | None, typer.Option(help="Write a page, as Markdown.", show_default=False)]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, ...")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each run, of 2,048 tokens.")]
 
 
 @app.command(epilog="Example: moesaic lab gallery --recipe switch --recipe mixtral --seeds 1 --out gallery.md")
 def gallery(
-    out: Annotated[Path, typer.Option(help="The page; its figures go beside it as JSON.")] = Path("gallery.md"),
+    out: Annotated[Path, typer.Option(help="The page; its picture and figures go beside it.")] = Path("gallery.md"),
     recipe: Annotated[list[str] | None, typer.Option(help="Train this one; may be repeated. By default all.")] = None,
     seeds: Seeds = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run, of 2,048 tokens.")] = 200,
+    steps: Steps = 200,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on one thread.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Run only what the figures beside the page lack.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train every recipe on the same tokens with the same active parameters, and write a page that compares them."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Train every recipe on the same tokens with the same active parameters, and write a page that compares them.
 
-    from moesaic import recipes
-    from moesaic.lab.gallery import gallery as run
-    from moesaic.lab.gallery import write
-    from moesaic.lab.small import TWIN, Setup
+    Figures are kept after each run, so that --resume goes on after an interruption.
+    """
+    from moesaic.lab import Setup, every_recipe
+    from moesaic.lab.gallery import load, tasks_of
+    from moesaic.lab.page import save, write
+    from moesaic.lab.picture import needs_picture
 
-    names = [TWIN, *(recipe or recipes.names())]
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("runs", total=len(names) * seeds)
+    needs_picture()
+    names = recipe or _all_recipes()
+    before = load(out.with_suffix(".json")) if resume else None
+    with _progress(len(tasks_of(names, range(seeds)))) as advance:
 
-        def done(one: Outcome) -> None:
-            progress.update(task, advance=1, description=f"{one.recipe}, seed {one.seed}: {one.bits_per_byte:.3f}")
+        def done(so_far: Gallery, last: str) -> None:
+            save(so_far, out)
+            advance(len(so_far.outcomes) + len(so_far.failures), last)
 
-        result = run(names=names, seeds=range(seeds), setup=Setup(steps=steps), jobs=jobs, done=done)
-    write(result, out)
+        setup = Setup(steps=steps)
+        result = every_recipe(names=names, seeds=range(seeds), setup=setup, jobs=jobs, before=before, done=done)
+    written = write(result, out)
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
-    else:
-        console.print(f"Wrote {out} and {out.with_suffix('.json')}.", highlight=False, soft_wrap=True)
+    _say(f"Wrote {', '.join(map(str, written))}.")
+    broken = [one for one in result.failures if not one.refused]
+    for one in result.failures:
+        _say(f"{one.task.recipe}, seed {one.task.seed}, {'refused' if one.refused else 'failed'}: {one.reason}")
+    if broken or not result.outcomes:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: moesaic lab balance --json")
 def balance(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps. [default: 300, 800 at a low rate]", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Start from a router that has collapsed on two experts: how far does each balance term bring the load back?"""
-    from moesaic.lab.balance import every_term
+    from moesaic.lab.balance import TRIALS, every_term, page
 
-    results = every_term(steps=steps, seed=seed)
+    with _progress(len(TRIALS)) as advance:
+        count = iter(range(1, len(TRIALS) + 1))
+
+        def done(one: BalanceResult) -> None:
+            advance(next(count), f"{one.term}: {one.after:.2f}")
+
+        results = every_term(steps=steps, seed=seed, done=done)
+    _write(out, page(results))
     if as_json:
         print(json.dumps([result.to_dict() for result in results], indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(title=f"Busiest expert over mean, after {steps} steps from a collapsed router")
-    for column in ("term", "recipe", "at the start", "without the term", "with it"):
-        drawn.add_column(column)
-    for one in results:
-        drawn.add_row(one.term, one.recipe, f"{one.before:.2f}", f"{one.without:.2f}", f"{one.after:.2f}")
-    Console().print(drawn)
+    rows = [
+        (one.term, one.recipe, f"{one.before:.2f}", f"{one.without:.2f}", f"{one.after:.2f}", one.note)
+        for one in results
+    ]
+    columns = ("term", "recipe", "at the start", "without the term", "with it", "")
+    _table("Busiest expert over mean, from a collapsed router", columns, rows)
 
 
 @app.command(epilog="Example: moesaic lab precision --seeds 1")
-def precision(seeds: Seeds = 3, as_json: AsJson = False) -> None:
+def precision(seeds: Seeds = 3, steps: Steps = 200, out: Out = None, as_json: AsJson = False) -> None:
     """Train in bfloat16: does the z-loss keep logits small, and whom does a router in bfloat16 send elsewhere?"""
-    from moesaic.lab.precision import precision as run
+    from moesaic.lab import Setup, every_variant
+    from moesaic.lab.precision import VARIANTS, page
 
-    results = run(seeds=range(seeds))
+    setup = Setup(lr=1e-2, steps=steps)
+    total = len(VARIANTS) * seeds
+    with _progress(total) as advance:
+        count = iter(range(1, total + 1))
+
+        def done(one: PrecisionResult) -> None:
+            advance(next(count), f"{one.recipe}, {one.variant}, seed {one.seed}")
+
+        results = every_variant(seeds=range(seeds), setup=setup, done=done)
+    _write(out, page(results, setup))
     if as_json:
         print(json.dumps([result.to_dict() for result in results], indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(title="bfloat16 training, before and after")
-    for column in ("recipe", "variant", "seed", "logsumexp squared", "largest logit", "other choices", "bits per byte"):
-        drawn.add_column(column)
-    for one in results:
-        drawn.add_row(
-            one.recipe,
+    columns = ("recipe", "variant", "seed", "logsumexp squared", "largest logit", "other choices", "bits per byte")
+    rows = [
+        (
+            f"{one.recipe}, {one.num_experts} experts",
             one.variant,
             str(one.seed),
             "{:.2f} to {:.2f}".format(*one.squared_logsumexp),
@@ -107,4 +131,48 @@ def precision(seeds: Seeds = 3, as_json: AsJson = False) -> None:
             f"{one.changed_choices:.2%}",
             f"{one.bits_per_byte:.3f}",
         )
+        for one in results
+    ]
+    _table("bfloat16 training, before and after", columns, rows)
+
+
+def _all_recipes() -> list[str]:
+    from moesaic import recipes
+
+    return recipes.names()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on standard error; call what it gives with the number done and what was done last."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda completed, last: progress.update(task, completed=completed, description=last)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title)
+    for column in columns:
+        drawn.add_column(column)
+    for row in rows:
+        drawn.add_row(*row)
     Console().print(drawn)
+
+
+def _write(out: Path | None, page: str) -> None:
+    if out is not None:
+        from moesaic.lab.page import text
+
+        text(out, page)
+        _say(f"Wrote {out}.")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

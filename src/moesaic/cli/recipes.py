@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -47,14 +48,22 @@ def list_recipes(
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title="moesaic train --recipe NAME", show_lines=True)
-    for column in ("name", "year", "how tokens find experts", "balance", "where it was published"):
+    drawn = Table(title="moesaic train --recipe NAME")
+    for column in ("name", "year", "how tokens find experts", "balance", "published"):
         # Names are typed: they must not be broken.
         drawn.add_column(column, no_wrap=column in ("name", "year"))
     for recipe in found:
         balance = ", ".join(_short(term) for term in _figures(recipe)["balance"]) or "none"
-        drawn.add_row(recipe.name, str(recipe.year), recipe.router, balance, recipe.citation)
+        drawn.add_row(recipe.name, str(recipe.year), recipe.router, balance, _where(recipe.citation))
     Console().print(drawn)
+
+
+def _where(citation: str) -> str:
+    """First author and arXiv number of a citation, or the authors alone; ``show`` has all of it."""
+    authors, _, _ = citation.partition(". ")
+    number = re.search(r"arXiv:\S+\d", citation)
+    first = authors.split(",")[0].removesuffix(" et al")
+    return f"{first} {number[0]}" if number else authors
 
 
 @app.command(epilog="Example: moesaic recipes show deepseek-v3")
@@ -104,7 +113,7 @@ def _in_words(term: dict[str, Any]) -> str:
         factor = f"times {term['coefficient']}" + (", times a coefficient that follows the load" * term["adaptive"])
         return f"{term['loss']}, {factor}; another coefficient with --aux {term['name']}=NUMBER"
     numbers = ", ".join(f"{key} {value}" for key, value in term.items() if key != "kind")
-    return f"{_short(term)}, stepped once per optimizer step: {numbers}"
+    return f"{_short(term)}, stepped once per optimizer step" + (f": {numbers}" if numbers else "")
 
 
 def _short(term: dict[str, Any]) -> str:
@@ -139,4 +148,4 @@ def _term(term: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     while isinstance(value, partial):
         value = value.func
-    return value if isinstance(value, int | float | str | None) else value.__name__
+    return value if isinstance(value, int | float | str | None) else getattr(value, "__name__", repr(value))

@@ -43,6 +43,7 @@ def train(
     context_: Annotated[int | None, _option(_MODEL, "Tokens of a sequence. [default: 256]", "--context")] = None,
     option: Annotated[list[str] | None, _option(_MODEL, "An option of the recipe, key=value; repeatable.")] = None,
     aux: Annotated[list[str] | None, _option(_MODEL, "Weight of a balance loss, name=number; repeatable.")] = None,
+    balance: Annotated[list[str] | None, _option(_MODEL, "Instead of the recipe's, name=number; repeatable.")] = None,
     init_std: Annotated[float | None, _option(_MODEL, "Spread of the initial weights. [default: by width]")] = None,
     twin: Annotated[bool | None, _option(_MODEL, "Train the dense twin too.", "--twin/--no-twin")] = None,
     data: Annotated[str | None, _option(_TRAINING, "builtin, a file, or a folder. [default: builtin]")] = None,
@@ -78,7 +79,7 @@ def train(
         _show(summary, out, report=report, as_json=as_json)
 
 
-_COMMANDS = ("out", "option", "aux", "context_", "preset", "resume", "overwrite", "report", "as_json")
+_COMMANDS = ("out", "option", "aux", "balance", "context_", "preset", "resume", "overwrite", "report", "as_json")
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +91,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         settings["options"] = {name: _value(text) for name, text in _pairs("--option", given["option"])}
     if given["aux"]:
         settings["aux_coefficients"] = {name: _number("--aux", text) for name, text in _pairs("--aux", given["aux"])}
+    if given["balance"]:
+        settings["balance"] = {name: _number("--balance", text) for name, text in _pairs("--balance", given["balance"])}
     return settings
 
 

@@ -51,7 +51,7 @@ class Context:
         if value is None:
             raise ConfigError(
                 f"{who} needs Context.{name}, got none. Call layer(x_TD, valid_T, Context({name}=...)); a model of "
-                "moesaic.sparsify passes token ids and sequences by itself."
+                "moesaic.sparsify passes token ids and sequences by itself, and domains within moesaic.hf.domains(...)."
             )
         return value
 

@@ -148,6 +148,31 @@ class Routing:
             extras=extras or {},
         )
 
+    @classmethod
+    def from_mixture(
+        cls,
+        weight_TE: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor,
+        valid_T: Tensor,
+        *,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> Routing:
+        """Describe a layer where every token meets every expert: a row for each pair, of weight 0 for padding.
+
+        Args:
+            weight_TE: what part of a token's output each expert has.
+            logits_TE: raw router outputs.
+            scores_TE: scores over all experts.
+            valid_T: False where a token is padding.
+            extras: see :class:`Routing`.
+        Raises:
+            ShapeError: if they do not agree on T and E.
+        """
+        weight_TE = weight_TE.masked_fill(~valid_T[:, None], 0)
+        every_TE = torch.ones_like(weight_TE, dtype=torch.bool)
+        return cls.from_mask(every_TE, weight_TE, logits_TE, scores_TE, valid_T, extras=extras)
+
     @property
     def num_experts(self) -> int:
         """Experts that the router chooses from."""

@@ -47,11 +47,7 @@ class Capacity(nn.Module):
         per: Literal["row", "token"] = "row",
     ) -> None:
         super().__init__()
-        for name, value in (("factor", factor), ("eval_factor", eval_factor)):
-            if value is not None and value <= 0:
-                raise ConfigError(
-                    f"capacity {name} must be positive, got {value}. Use dispatch.Sort() to drop nothing at all."
-                )
+        check_factors(factor=factor, eval_factor=eval_factor)
         if minimum < 0:
             raise ConfigError(f"capacity minimum must be at least 0, got {minimum}. Mesh TensorFlow uses 4.")
         if drop not in ("position", "score", "random"):
@@ -139,3 +135,16 @@ def rank_within(queue_N: Tensor, num_queues: int, valid_N: Tensor, priority_N: T
     rank_N = torch.empty_like(queue_N)
     rank_N[priority_N[by_queue_N]] = place_N - start[queue_N[by_queue_N]]
     return rank_N
+
+
+def check_factors(**factors: float | None) -> None:
+    """Refuse a room for no row at all; None stands for no limit.
+
+    Raises:
+        ConfigError: if one is not positive.
+    """
+    for name, value in factors.items():
+        if value is not None and value <= 0:
+            raise ConfigError(
+                f"capacity {name} must be positive, got {value}. Use dispatch.Sort() to drop nothing at all."
+            )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing, missing_extra
-from moesaic.dispatch.capacity import rank_within
+from moesaic.dispatch.capacity import check_factors, rank_within
 
 
 class DeviceCapacity(nn.Module):
@@ -30,10 +30,7 @@ class DeviceCapacity(nn.Module):
 
     def __init__(self, factor: float = 1.0, *, never_dropped: float = 0.1) -> None:
         super().__init__()
-        if factor <= 0:
-            raise ConfigError(
-                f"capacity factor must be positive, got {factor}. Use dispatch.Sort() to drop nothing at all."
-            )
+        check_factors(factor=factor)
         if not 0 <= never_dropped <= 1:
             raise ConfigError(f"never_dropped must be between 0 and 1, got {never_dropped}. DeepSeek-V2 uses 0.1.")
         self.factor = factor

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing, missing_extra
+from moesaic.dispatch.capacity import check_factors
 
 
 class HeterogeneousCapacity(nn.Module):
@@ -25,16 +26,12 @@ class HeterogeneousCapacity(nn.Module):
     Raises:
         ConfigError: if a factor is not positive or the minimum is negative.
 
-    Source: Jin et al. 2024, "MoE++", section 3.3, eq. 9.
+    Source: Jin et al. 2024, "MoE++", section 3.3.
     """
 
     def __init__(self, factor: float = 1.1, *, eval_factor: float | None = None, minimum: int = 0) -> None:
         super().__init__()
-        for name, value in (("factor", factor), ("eval_factor", eval_factor)):
-            if value is not None and value <= 0:
-                raise ConfigError(
-                    f"capacity {name} must be positive, got {value}. Use dispatch.Sort() to drop nothing at all."
-                )
+        check_factors(factor=factor, eval_factor=eval_factor)
         if minimum < 0:
             raise ConfigError(f"capacity minimum must be at least 0, got {minimum}. MoE++ names none: 0.")
         self.factor = factor

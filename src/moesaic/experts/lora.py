@@ -105,7 +105,7 @@ class LoRAExperts(nn.Module):
     Shape:
         ``(T, D)`` and a plan -> ``(T, D)``.
     Raises:
-        ConfigError: if ``rank`` is below 1 or ``dropout`` not in ``[0, 1)``.
+        ConfigError: if ``rank`` is below 1, ``alpha`` is not positive or ``dropout`` not in ``[0, 1)``.
     """
 
     def __init__(
@@ -124,6 +124,8 @@ class LoRAExperts(nn.Module):
         super().__init__()
         if rank < 1:
             raise ConfigError(f"rank must be at least 1, got {rank}. MixLoRA uses 16.")
+        if alpha <= 0:
+            raise ConfigError(f"alpha must be positive, got {alpha}. MixLoRA uses 32 for rank 16.")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {dropout}. LoRA uses 0.05.")
         self.activation = activation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -55,6 +54,6 @@ class SparseBlock(nn.Module):
         y_TD, routing = self.moe(x_TD, valid_T, context)
         if self.lends_logits:
             frame.lend(routing.logits_TE)
-        frame.report(self, replace(routing, sequence_T=context.sequence_T), self.terms)
+        frame.report(self, routing, self.terms)
         output: Tensor = y_TD.reshape(hidden_states.shape)
         return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic import recipes
-from moesaic.balance import LossTerm
+from moesaic.balance import BiasRule, LossTerm, Rule
 from moesaic.balance.named import named
 from moesaic.core.context import Context
 from moesaic.core.routing import Routing
@@ -19,8 +19,6 @@ from moesaic.recipes.recipe import Layer
 from moesaic.routers import LinearRouter
 
 WIDTH, NUM_EXPERTS, TOKENS = 32, 8, 512
-GAP = 6.0
-"""How much higher the favoured experts' logits are at the start, on average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +28,22 @@ class BalanceResult:
     Attributes:
         recipe: whose layer it was.
         term: what balanced it.
+        counts: what was to be even, as in :class:`Trial`.
+        steps: of the training.
         before: before the first step.
         without: after the last step of a training without the term, over fresh batches.
         after: the same with the term.
+        note: what else there is to know.
     """
 
     recipe: str
     term: str
+    counts: str
+    steps: int
     before: float
     without: float
     after: float
+    note: str
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -52,17 +56,26 @@ class Trial:
 
     Attributes:
         recipe: whose layer.
-        terms: losses and rules by their names in :data:`moesaic.balance.TERMS`, at a strength that acts within a few
-            hundred steps.
-        options: of the recipe, beside its sizes.
+        terms: losses and rules by their names in :data:`moesaic.balance.TERMS`, at a strength that acts within the
+            steps.
+        rules: more rules, for what a name and a number do not say.
         counts: what is to be even. "rows": those that experts get. "weights": their sums, where every token visits
-            every expert. "devices": rows of the groups of experts that live together.
+            every expert. "devices": rows of the groups of experts that live together. "visits": tokens that have a
+            row in such a group.
+        options: of the recipe, beside its sizes.
+        gap: how much higher the favoured experts' logits are at the start, on average.
+        steps: AdamW steps.
+        note: why the term does not bring the load back, or what else there is to know.
     """
 
     recipe: str
-    terms: Mapping[str, float]
+    terms: Mapping[str, float] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
     counts: Literal["rows", "weights", "devices", "visits"] = "rows"
     options: Mapping[str, Any] = field(default_factory=dict)
+    gap: float = 6.0
+    steps: int = 300
+    note: str = ""
 
 
 TRIALS: Mapping[str, Trial] = {
@@ -77,33 +90,69 @@ TRIALS: Mapping[str, Trial] = {
     "global-batch": Trial(recipe="qwen3-moe", terms={"global-batch": 0.01}),
     "adaptive coefficient": Trial(recipe="skywork", terms={"adaptive-even-gate": 1.0, "drops": 0.01}),
     "heterogeneous": Trial(recipe="moe++", terms={"heterogeneous": 0.5}),
-    "ReLU L1 with sparsity": Trial(recipe="relu", terms={"adaptive-l1": 1.0, "sparsity": 1.2}),
+    "ReLU L1 with sparsity": Trial(
+        recipe="relu",
+        terms={"adaptive-l1": 1.0, "sparsity": 1.2},
+        note=(
+            "does not in so few steps: it presses until experts are as few as wished, whichever they are (2.1 and 2.5 "
+            "after 4,000 steps, two seeds); without it all stay in use"
+        ),
+    ),
     "active share": Trial(recipe="evo-moe", terms={"active-share": 0.3}, options={"temperature": 0.3}),
     "mutual information": Trial(recipe="ds-moe", terms={"mutual-information": 0.1}, counts="weights"),
-    "localised": Trial(recipe="lora-moe", terms={"localized": 0.1}, counts="weights"),
-    "product": Trial(recipe="mole", terms={"product": 0.5}, counts="weights"),
+    "localised": Trial(recipe="lora-moe", terms={"localized": 1.0}, counts="weights"),
+    "product": Trial(
+        recipe="mole",
+        terms={"product": 0.5},
+        counts="weights",
+        gap=20.0,
+        note="from a gap of 20: one of 6 closes by itself",
+    ),
     "loss-free bias": Trial(recipe="deepseek-v3", terms={"bias": 0.01}),
+    "loss-free bias, proportional": Trial(recipe="deepseek-v3", rules=(BiasRule(rate=0.01, rule="proportional"),)),
+    "loss-free bias, published rate": Trial(
+        recipe="deepseek-v3",
+        terms={"bias": 0.001},
+        steps=800,
+        note="a tenth of the rate, so more steps",
+    ),
 }
 """Each term that is there to balance, under the name that the field has for it. Terms that are there for other things
 are not among them: z (small logits), entropy (few experts), depth and threshold (causal inference), reinforce."""
 
 
-def every_term(*, steps: int = 300, seed: int = 0) -> list[BalanceResult]:
+def every_term(
+    *, steps: int | None = None, seed: int = 0, done: Callable[[BalanceResult], None] = lambda _one: None
+) -> list[BalanceResult]:
     """Run every trial with its terms and without.
 
     Args:
-        steps: AdamW steps of each training.
+        steps: AdamW steps of each training; None for each trial's own.
         seed: of weights and data.
+        done: called after each trial.
     """
     results = []
     for name, trial in TRIALS.items():
-        before, after = rebalance(trial, steps=steps, seed=seed)
-        _, without = rebalance(replace(trial, terms={}), steps=steps, seed=seed)
-        results.append(BalanceResult(recipe=trial.recipe, term=name, before=before, without=without, after=after))
+        trial = trial if steps is None else replace(trial, steps=steps)
+        before, after = rebalance(trial, seed=seed)
+        _, without = rebalance(replace(trial, terms={}, rules=()), seed=seed)
+        results.append(
+            BalanceResult(
+                recipe=trial.recipe,
+                term=name,
+                counts=trial.counts,
+                steps=trial.steps,
+                before=before,
+                without=without,
+                after=after,
+                note=trial.note,
+            )
+        )
+        done(results[-1])
     return results
 
 
-def rebalance(trial: Trial, *, steps: int = 300, seed: int = 0) -> tuple[float, float]:
+def rebalance(trial: Trial, *, seed: int = 0) -> tuple[float, float]:
     """Train a layer whose router favours two of eight experts: its max/mean load before and after.
 
     The tokens have a direction in common, and the first two experts' router weights point along it: the skew of a
@@ -112,7 +161,6 @@ def rebalance(trial: Trial, *, steps: int = 300, seed: int = 0) -> tuple[float, 
 
     Args:
         trial: the design, and the terms at their strength; none to see what happens without.
-        steps: AdamW steps.
         seed: of weights and data.
     """
     torch.manual_seed(seed)
@@ -122,13 +170,13 @@ def rebalance(trial: Trial, *, steps: int = 300, seed: int = 0) -> tuple[float, 
     teacher = torch.nn.Sequential(torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.ReLU(), torch.nn.Linear(2 * WIDTH, WIDTH))
     common_D = torch.randn(WIDTH)
     common_D = 2 * common_D / common_D.norm()
-    _skew(layer, common_D)
-    terms = named(trial.terms)
+    _skew(layer, common_D, trial.gap)
+    terms = (*named(trial.terms), *trial.rules)
     losses = [term for term in terms if isinstance(term, LossTerm)]
     controllers = [one for term in terms if not isinstance(term, LossTerm) for one in term.build([layer])]
     before = _imbalance(layer, common_D, trial.counts)
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
-    for _ in range(steps):
+    for _ in range(trial.steps):
         x_TD, context = _batch(common_D)
         y_TD, routing = layer(x_TD, None, context)
         loss = (y_TD - teacher(x_TD).detach()).square().mean() + sum(term(routing) for term in losses)
@@ -141,6 +189,29 @@ def rebalance(trial: Trial, *, steps: int = 300, seed: int = 0) -> tuple[float, 
     return before, _imbalance(layer, common_D, trial.counts)
 
 
+def page(results: Sequence[BalanceResult]) -> str:
+    """What was measured, as a page."""
+    what = {"rows": "rows", "weights": "sums of weights", "devices": "rows, by device", "visits": "visits of devices"}
+    lines = [
+        "# Balance terms from a collapsed router",
+        "",
+        "Is balance real? By `moesaic lab balance`: a layer whose router sends nearly everything to two of eight",
+        "experts is trained on a task that does not care which expert does it, with each balance term on the design",
+        "that it was made for, and without. The figures are the busiest expert's load over the mean, over fresh",
+        "batches: 4 where two of eight experts share everything, 1 where all have the same. Strengths are chosen so",
+        "that a term acts within so few steps; published ones are mostly smaller and have a long training to act.",
+        "",
+        "| term | recipe | what is counted | steps | at the start | without the term | with it | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one.term} | `{one.recipe}` | {what[one.counts]} | {one.steps} | {one.before:.2f} | {one.without:.2f} "
+        f"| **{one.after:.2f}** | {one.note} |"
+        for one in results
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _choices(recipe: str) -> dict[str, int]:
     """One choice where one was published, else two; four devices of two experts where experts live on devices."""
     published = recipes.get(recipe).options
@@ -149,7 +220,7 @@ def _choices(recipe: str) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _skew(layer: Any, common_D: Tensor) -> None:
+def _skew(layer: Any, common_D: Tensor, gap: float) -> None:
     """Turn each router's first two experts along what its inputs have in common, so that their logits are higher."""
     for name, parameter in layer.named_parameters():
         if name.startswith("experts.") and not parameter.any():
@@ -164,7 +235,7 @@ def _skew(layer: Any, common_D: Tensor) -> None:
     for router in routers:
         object.__delattr__(router, "logits")
         mean_D = inputs[router].mean(dim=0)
-        router.weight[:2] += GAP * mean_D / mean_D.square().sum()
+        router.weight[:2] += gap * mean_D / mean_D.square().sum()
 
 
 def _noting(inputs: dict[LinearRouter, Tensor], router: LinearRouter, x_TD: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.lab.small import Setup, build, material_of, measure, trained
+from moesaic.lab.small import Setup
+from moesaic.lab.text import bits_per_byte, build, material_of, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ class PrecisionResult:
         recipe: its name.
         variant: what was done to it: "z-loss" or "no z-loss"; "router float32" or "router bfloat16".
         seed: of the run.
+        num_experts: E.
         squared_logsumexp: mean over tokens of ``logsumexp(logits)^2``, before training and after, mean over layers.
         largest_logit: the largest absolute logit, before and after.
         changed_choices: share of tokens of the trained model that go to other experts when the router's product is
@@ -34,6 +37,7 @@ class PrecisionResult:
     recipe: str
     variant: str
     seed: int
+    num_experts: int
     squared_logsumexp: tuple[float, float]
     largest_logit: tuple[float, float]
     changed_choices: float
@@ -44,41 +48,82 @@ class PrecisionResult:
         return asdict(self)
 
 
-def precision(*, seeds: Sequence[int] = (0, 1, 2), setup: Setup | None = None) -> list[PrecisionResult]:
-    """Train ``st-moe`` with and without its z-loss, and ``mixtral`` with a router in either precision, in bfloat16.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One thing to try.
+
+    Attributes:
+        recipe: its name.
+        name: what is done to it.
+        z_loss: coefficient of the z-loss; None for the recipe's balance losses as they are.
+        rounded: whether routers work in bfloat16.
+        num_experts: E; None for that of the setup.
+        top_k: K; None for that of the setup.
+    """
+
+    recipe: str
+    name: str
+    z_loss: float | None = None
+    rounded: bool = False
+    num_experts: int | None = None
+    top_k: int | None = None
+
+
+VARIANTS = (
+    Variant(recipe="st-moe", name="z-loss", z_loss=1e-3),
+    Variant(recipe="st-moe", name="no z-loss", z_loss=0.0),
+    Variant(recipe="mixtral", name="router float32"),
+    Variant(recipe="mixtral", name="router bfloat16", rounded=True),
+    # As many experts as published: the more there are, the closer the last chosen and the first left out.
+    Variant(recipe="olmoe", name="router float32", num_experts=64, top_k=8),
+    Variant(recipe="olmoe", name="router bfloat16", rounded=True, num_experts=64, top_k=8),
+)
+
+
+def every_variant(
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    setup: Setup | None = None,
+    variants: Sequence[Variant] = VARIANTS,
+    done: Callable[[PrecisionResult], None] = lambda _one: None,
+) -> list[PrecisionResult]:
+    """Train in bfloat16: with and without a z-loss, and with a router in either precision.
 
     Args:
         seeds: of the runs.
         setup: the numbers; bfloat16 whatever it says.
+        variants: what to try.
+        done: called after each run.
     """
     setup = replace(setup or Setup(lr=1e-2), dtype="bfloat16")
     results = []
-    for seed in seeds:
-        for variant, coefficient in (("z-loss", 1e-3), ("no z-loss", 0.0)):
-            options = {"aux_coefficients": {"z": coefficient}}
-            results.append(_run("st-moe", variant, seed, setup, rounded=False, options=options))
-        for variant, rounded in (("router float32", False), ("router bfloat16", True)):
-            results.append(_run("mixtral", variant, seed, setup, rounded=rounded, options={}))
+    for variant in variants:
+        for seed in seeds:
+            results.append(_run(variant, seed, setup))
+            done(results[-1])
     return results
 
 
-def _run(
-    name: str, variant: str, seed: int, setup: Setup, *, rounded: bool, options: dict[str, Any]
-) -> PrecisionResult:
-    material = material_of(setup)
+def _run(variant: Variant, seed: int, setup: Setup) -> PrecisionResult:
+    name = variant.recipe
+    setup = replace(setup, num_experts=variant.num_experts or setup.num_experts)
+    options: dict[str, Any] = {} if variant.top_k is None else {"top_k": variant.top_k}
+    if variant.z_loss is not None:
+        options["aux_coefficients"] = {"z": variant.z_loss}
     torch.manual_seed(seed)
-    before = _logits(build(name, setup, material, **options), setup)
-    model = trained(name, seed, setup, prepare=round_routers if rounded else lambda _model: None, **options)
+    before = _logits(build(name, setup, material_of(setup), **options), setup)
+    prepare = round_routers if variant.rounded else lambda _model: None
+    model, _ = trained(name, seed, setup, prepare=prepare, **options)
     after = _logits(model, setup)
-    bits, _ = measure(model, material)
     return PrecisionResult(
         recipe=name,
-        variant=variant,
+        variant=variant.name,
         seed=seed,
+        num_experts=setup.num_experts,
         squared_logsumexp=(_squared(before), _squared(after)),
         largest_logit=(_largest(before), _largest(after)),
         changed_choices=changed_choices(model, setup),
-        bits_per_byte=bits,
+        bits_per_byte=bits_per_byte(model, setup),
     )
 
 
@@ -129,7 +174,7 @@ def _router_inputs(model: PreTrainedModel, setup: Setup) -> list[tuple[Any, Tens
     was_training = model.training
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        model(**batch)
     model.train(was_training)
     for hook in hooks:
         hook.remove()
@@ -148,3 +193,37 @@ def _squared(logits: list[Tensor]) -> float:
 
 def _largest(logits: list[Tensor]) -> float:
     return max(float(logits_TE.abs().max()) for logits_TE in logits)
+
+
+def page(results: Sequence[PrecisionResult], setup: Setup) -> str:
+    """What was measured, as a page: the mean over seeds of each variant."""
+    lines = [
+        "# Precision of the router",
+        "",
+        f"Small language models trained in bfloat16 autocast by `moesaic lab precision`: {setup.steps} steps of "
+        f"{setup.tokens_per_step:,}",
+        f"tokens at a learning rate of {setup.lr}, the mean over {len({one.seed for one in results})} seeds.",
+        "",
+        "- **Does the z-loss keep logits small?** Compare the mean of `logsumexp(logits)^2` over tokens, which it",
+        "  shrinks, before training and after.",
+        "- **Whom does a router in bfloat16 send elsewhere?** The share of tokens of the trained model whose set of",
+        "  experts is another when the router's product is rounded to bfloat16, the mean over layers. Routers of",
+        "  Moesaic work in float32 whatever the model's type; in rows named `router bfloat16` they were made not to.",
+        "",
+        "| recipe | experts | variant | logsumexp², before to after | largest logit | other choices | bits per byte |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[PrecisionResult]] = {}
+    for one in results:
+        groups.setdefault((one.recipe, one.variant), []).append(one)
+    for (recipe, variant), runs in groups.items():
+        squared, largest = (
+            [fmean(getattr(one, name)[when] for one in runs) for when in (0, 1)]
+            for name in ("squared_logsumexp", "largest_logit")
+        )
+        lines.append(
+            f"| `{recipe}` | {runs[0].num_experts} | {variant} | {squared[0]:.2f} to {squared[1]:.2f} "
+            f"| {largest[0]:.2f} to {largest[1]:.2f} | {fmean(one.changed_choices for one in runs):.2%} "
+            f"| {fmean(one.bits_per_byte for one in runs):.3f} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,26 +1,28 @@
-"""One small language model of one recipe, trained and measured: what the experiments repeat."""
+"""The numbers of small models that the experiments share, and how one of them is trained."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from torch import nn
 
 from moesaic import recipes
 from moesaic.core.errors import ConfigError
+from moesaic.experts import LoRAExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moesaic.train.material import Material
+TWIN = "twin"
+
+Kind = Literal["text", "adapted", "images"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,7 @@ class Setup:
     """The numbers that every run of an experiment shares.
 
     Attributes:
-        backbone: family of the model around the layers.
+        backbone: family of the language model around the layers.
         width: D.
         layers: transformer blocks, each with an MoE layer.
         num_experts: E.
@@ -53,27 +55,36 @@ class Setup:
     tokenizer: str = "bpe:1024"
     dtype: str = "float32"
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_size * self.context
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
     """What one run measured.
 
     Attributes:
+        kind: "text": a language model from scratch. "adapted": one that was dense for as many steps before. "images":
+            a classifier of images.
         recipe: its name; ``twin`` for the dense model.
-        seed: of weights, noise and the order of the text.
-        bits_per_byte: on held-out text, mean over domains.
-        load_max_over_mean: on held-out text, mean over layers.
-        drop_rate: share of rows that dispatch dropped, on held-out text.
-        experts_per_token: rows that dispatch kept, over tokens, on held-out text.
+        seed: of weights, noise and the order of the data.
+        score: on what was held out: bits per byte, mean over domains; of images the share that was told rightly.
+        load_max_over_mean: on what was held out, mean over layers.
+        drop_rate: share of rows that dispatch dropped, on what was held out.
+        experts_per_token: rows that dispatch kept, over tokens, on what was held out.
         tokens_per_s: of training, from the median step.
         active_params: of one layer, as the layer itself counts them.
         total_params: of one layer.
         hidden: F that gives as many active parameters as asked.
+        options: of the recipe that were set other than published; the number of experts is not among them.
     """
 
+    kind: Kind
     recipe: str
     seed: int
-    bits_per_byte: float
+    score: float
     load_max_over_mean: float
     drop_rate: float
     experts_per_token: float
@@ -81,22 +92,46 @@ class Outcome:
     active_params: int
     total_params: int
     hidden: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
 
-TWIN = "twin"
+def options_of(name: str, setup: Setup) -> dict[str, Any]:
+    """The options of a recipe at the size of an experiment.
 
-
-def layer_options(name: str, setup: Setup) -> dict[str, Any]:
-    """The options of a recipe at the size of an experiment: E experts, one choice where one was published, else two."""
+    E experts, but one where one was published; one choice where one was published, else two; schedules that fit into
+    the run and segments that fit into a sequence. Low-rank experts that wait for trained ones are trained.
+    """
     published = recipes.get(name).options
-    options: dict[str, Any] = {"num_experts": setup.num_experts}
-    if isinstance(published.get("top_k"), int):
-        options["top_k"] = min(2, published["top_k"])
-    return options
+    choices = published.get("top_k")
+    fitting = {
+        "num_experts": setup.num_experts if published["num_experts"] != 1 else 1,
+        "top_k": choices if choices is None else min(2, choices),
+        "cooling_steps": setup.steps,
+        "segment": max(1, setup.context // 4),
+        "train_experts": True,
+    }
+    return {name: value for name, value in fitting.items() if name in published and value is not None}
+
+
+def changed_options(name: str, setup: Setup) -> dict[str, Any]:
+    """What :func:`options_of` sets other than published, the number of experts left out."""
+    published = recipes.get(name).options
+    return {
+        option: value
+        for option, value in options_of(name, setup).items()
+        if option != "num_experts" and value != published[option]
+    }
+
+
+def adapts(name: str) -> bool:
+    """Whether a recipe changes a trained dense model, and makes no sense from scratch."""
+    with torch.device("meta"):
+        layer = cast(nn.Module, recipes.get(name).layer(16, hidden=16, **options_of(name, Setup())))
+    return any(isinstance(part, LoRAExperts) for part in layer.modules())
 
 
 def hidden_of_equal_activity(name: str, setup: Setup) -> int:
@@ -118,15 +153,11 @@ def hidden_of_equal_activity(name: str, setup: Setup) -> int:
 
 
 def _active_params(name: str, setup: Setup, hidden: int) -> int:
-    return _layer(name, setup, hidden).num_active_params
-
-
-def _layer(name: str, setup: Setup, hidden: int) -> Any:
-    options = layer_options(name, setup)
+    options = options_of(name, setup)
     if "vocab_size" in recipes.get(name).options:
         options["vocab_size"] = 64
     with torch.device("meta"):
-        return recipes.get(name).layer(setup.width, hidden=hidden, **options)
+        return recipes.get(name).layer(setup.width, hidden=hidden, **options).num_active_params
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,81 +184,50 @@ class StepTimes:
         return Clock()
 
 
-def run(name: str, seed: int, setup: Setup) -> Outcome:
-    """Train one recipe, or the dense twin, and measure it.
-
-    Args:
-        name: of the recipe, or ``twin``.
-        seed: of everything random.
-        setup: the numbers.
-    Raises:
-        ConfigError: if the recipe cannot be built that small.
-    """
-    from moesaic.hf import moe_layers
-
-    times = StepTimes()
-    material = material_of(setup)
-    model = trained(name, seed, setup, callbacks=[times.callback()])
-    bits, routing = measure(model, material)
-    layers = [] if name == TWIN else list(moe_layers(model).values())
-    dense = 3 * setup.width * setup.active_hidden
-    return Outcome(
-        recipe=name,
-        seed=seed,
-        bits_per_byte=bits,
-        tokens_per_s=setup.batch_size * setup.context / statistics.median(times.seconds),
-        active_params=layers[0].num_active_params if layers else dense,
-        total_params=layers[0].num_params if layers else dense,
-        hidden=setup.active_hidden if name == TWIN else hidden_of_equal_activity(name, setup),
-        **routing,
-    )
-
-
-def trained(
-    name: str,
-    seed: int,
+def fit(
+    model: PreTrainedModel,
+    data: Any,
     setup: Setup,
     *,
-    prepare: Callable[[PreTrainedModel], None] = lambda _model: None,
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> PreTrainedModel:
-    """Train one model as ``moesaic train`` would, without a run folder.
+    seed: int,
+    data_seed: int | None = None,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+) -> float:
+    """Train a model as ``moesaic train`` would, without a run folder.
 
     Args:
-        name: of the recipe, or ``twin``.
-        seed: of everything random.
+        model: trained in place.
+        data: what it reads.
         setup: the numbers.
-        prepare: changes the untrained model.
-        callbacks: of the Trainer, beside those of balance.
-        **options: for :func:`moesaic.sparsify`.
+        seed: of noise.
+        data_seed: of the order of the data; None for ``seed``.
+        collate: from items of the data to a batch.
+    Returns:
+        Tokens per second, from the median step.
+    Raises:
+        NotFiniteError: if a loss is NaN or infinite.
     """
-    from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from moesaic.train import BalanceCallback, MoeTrainer
+    from moesaic.train import BalanceCallback, FiniteGuard, MoeTrainer
     from moesaic.train.build import training_arguments
-    from moesaic.train.order import collate
     from moesaic.train.quiet import quiet_transformers
 
-    material = material_of(setup)
+    times = StepTimes()
     with quiet_transformers(), TemporaryDirectory() as folder:
-        set_seed(seed)
-        model = build(name, setup, material, **options)
-        prepare(model)
         args = training_arguments(train_config(seed, setup, Path(folder)), Path(folder))
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"  # type: ignore[assignment]
+        args.data_seed = data_seed
         trainer = MoeTrainer(
             model=model,
             args=args,
-            train_dataset=material.blocks,
+            train_dataset=data,
             data_collator=collate,
-            processing_class=material.tokenizer,
-            callbacks=[BalanceCallback(), *callbacks],
+            callbacks=[FiniteGuard(), BalanceCallback(), times.callback()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return model
+    return setup.tokens_per_step / statistics.median(times.seconds)
 
 
 def train_config(seed: int, setup: Setup, folder: Path) -> Any:
@@ -250,39 +250,15 @@ def train_config(seed: int, setup: Setup, folder: Path) -> Any:
     )
 
 
-@cache
-def material_of(setup: Setup) -> Material:
-    """The text, read once by each process."""
-    from moesaic.train.material import Material
+def measured(model: PreTrainedModel, score: Callable[[], float], setup: Setup) -> dict[str, Any]:
+    """The figures of an :class:`Outcome` that a trained model gives by itself.
 
-    return Material.load(train_config(0, setup, Path("unused")))
-
-
-def build(name: str, setup: Setup, material: Material, **options: Any) -> PreTrainedModel:
-    """The untrained model."""
-    from moesaic.hf import sparsify
-    from moesaic.train.backbone import Backbone
-
-    backbone = Backbone(
-        family=setup.backbone,
-        width=setup.width,
-        layers=setup.layers,
-        heads=max(1, setup.width // 32),
-        hidden=setup.active_hidden,
-        context=setup.context,
-        vocab_size=len(material.tokenizer),
-        end_token=int(material.tokenizer.eos_token_id),
-        init_std=0.02 * max(1.0, math.sqrt(768 / setup.width)),
-    )
-    model = backbone.build()
-    if name == TWIN:
-        return model
-    return sparsify(model, name, hidden=hidden_of_equal_activity(name, setup), **layer_options(name, setup) | options)
-
-
-def measure(model: PreTrainedModel, material: Material) -> tuple[float, Mapping[str, float]]:
-    """Held-out bits per byte, and what the routers did meanwhile."""
-    from moesaic.hf import is_sparse, observe
+    Args:
+        model: trained.
+        score: runs the model over what was held out.
+        setup: the numbers.
+    """
+    from moesaic.hf import is_sparse, moe_layers, observe
     from moesaic.telemetry.summary import RoutingSummary
 
     seen: dict[str, RoutingSummary] = {}
@@ -292,14 +268,19 @@ def measure(model: PreTrainedModel, material: Material) -> tuple[float, Mapping[
         seen[one.layer] = seen[one.layer] + new if one.layer in seen else new
 
     if not is_sparse(model):
-        bits = material.evaluator(model).bits_per_byte["mean"]
-        return bits, {"load_max_over_mean": 1.0, "drop_rate": 0.0, "experts_per_token": 1.0}
+        dense = 3 * setup.width * setup.active_hidden
+        routing = {"load_max_over_mean": 1.0, "drop_rate": 0.0, "experts_per_token": 1.0}
+        return {"score": score(), "active_params": dense, "total_params": dense, **routing}
     with observe(model, add):
-        bits = material.evaluator(model).bits_per_byte["mean"]
-    layers = list(seen.values())
-    kept = [(int(one.load_E.sum()) - int(one.num_dropped)) / max(1, int(one.num_tokens)) for one in layers]
-    return bits, {
-        "load_max_over_mean": statistics.fmean(one.load_max_over_mean for one in layers),
-        "drop_rate": statistics.fmean(one.drop_rate for one in layers),
+        result = score()
+    layer = next(iter(moe_layers(model).values()))
+    summaries = list(seen.values())
+    kept = [(int(one.load_E.sum()) - int(one.num_dropped)) / max(1, int(one.num_tokens)) for one in summaries]
+    return {
+        "score": result,
+        "active_params": layer.num_active_params,
+        "total_params": layer.num_params,
+        "load_max_over_mean": statistics.fmean(one.load_max_over_mean for one in summaries),
+        "drop_rate": statistics.fmean(one.drop_rate for one in summaries),
         "experts_per_token": statistics.fmean(kept),
     }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WIDTH_INCHES = 4.9
 """Narrow, so that nine-point letters are still nine points on a phone."""
 
-_STYLE: Any = {
+STYLE: Any = {
     # Names come from data: a dollar sign in one is a dollar sign.
     "text.parse_math": False,
     "svg.fonttype": "none",
@@ -58,6 +58,7 @@ _STYLE: Any = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+"""Settings of matplotlib for every figure of the house."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ def draw(
         raise BackendError(
             "Figures need matplotlib, which is not installed. Try: pip install 'moesaic[report]'"
         ) from error
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # A name in a script that the font lacks draws boxes in the PNG; the page uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")

@@ -78,11 +78,11 @@ loss = 0.01 * E * sum_e f_e P_e,  f_e = share of rows that chose e,  P_e = mean_
         "init_std": "ours",
     },
     differences=(
-        "This is the paper's definition. The authors' code (torchscale) normalises only experts, rescales them "
-        "in place to length 1.5 in every forward, and divides by no temperature. The temperature is learned as its "
-        "logarithm here (Tutel does too), so that it stays positive; vectors shorter than 1e-4 are not stretched to "
-        "length 1. Nothing is dropped. The paper freezes the router in fine-tuning: call "
-        "layer.router.requires_grad_(False)."
+        "This is the paper's definition; its numbers, and that its balance loss is Switch's, are from memory. The "
+        "authors' code (torchscale) normalises only experts, rescales them in place to length 1.5 in every forward, "
+        "and divides by no temperature. The temperature is learned as its logarithm here (Tutel does too), so that it "
+        "stays positive; vectors shorter than 1e-4 are not stretched to length 1. Nothing is dropped. "
+        "The paper freezes the router in fine-tuning: call layer.router.requires_grad_(False)."
     ),
     build=cosine_layer,
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=1e-2),),

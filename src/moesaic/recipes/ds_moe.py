@@ -68,5 +68,5 @@ loss = 0.01 * (-H(mean_t p_t) + mean_t H(p_t))""",
         "public that we could read. The paper's mixture of attention heads is no part of a feed-forward layer."
     ),
     build=ds_moe_layer,
-    balance=(LossTerm(name="mutual_information", loss=mutual_information_loss, coefficient=1e-2),),
+    balance=(LossTerm(name="mutual-information", loss=mutual_information_loss, coefficient=1e-2),),
 )

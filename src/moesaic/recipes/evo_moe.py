@@ -93,5 +93,5 @@ loss = 0.01 * E * sum_e G_e A_e,  G_e = mean weight of e, 0 where inactive,  A_e
         "0.01 is Switch's: 1.0 is the code's default for all gates. Growing the experts from one (stage 1) is left out."
     ),
     build=evo_moe_layer,
-    balance=(LossTerm(name="active_share", loss=active_share_loss, coefficient=1e-2), AnnealingRule()),
+    balance=(LossTerm(name="active-share", loss=active_share_loss, coefficient=1e-2), AnnealingRule()),
 )

@@ -56,8 +56,9 @@ loss = 0.004 * E * sum_e f_e P_e over all K choices, per layer""",
     },
     differences=(
         "Checkpoints store gate and up interleaved, column by column; here they are two weights. Only code for "
-        "inference was released: the loss is transformers', 0.001 times K = 4 by its convention. transformers draws "
-        "the router's bias; it starts at 0 here. The router runs in float32 here, in bfloat16 there."
+        "inference was released: the loss is transformers', 0.001 times K = 4 by its convention, for each layer and "
+        "not pooled over all. transformers draws the router's bias; it starts at 0 here. The router runs in float32 "
+        "here, in bfloat16 there."
     ),
     build=gpt_oss_layer,
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=4e-3),),

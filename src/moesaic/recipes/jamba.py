@@ -59,7 +59,7 @@ loss = 0.002 * E * sum_e f_e P_e over all K choices, per layer""",
     differences=(
         "The paper does not say how scores become weights; the released code, in transformers, does not renormalise "
         "them. Nor does it give a coefficient: transformers' is 0.001 for a loss that is K = 2 at balance and pools "
-        "all layers before it multiplies, so 0.002 here."
+        "all layers before it multiplies, so 0.002 here, for each of L layers: L times the pull of the pooled loss."
     ),
     build=jamba_layer,
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=2e-3),),

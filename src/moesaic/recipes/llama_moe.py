@@ -37,7 +37,8 @@ def llama_moe_layer(
         gate_network: "mlp" or "linear".
         noise_epsilon: least standard deviation of the noise.
         activation: of the experts' gates.
-        init_std: 0.02 unless given, for gate and experts (which conversion replaces); the noise starts at 0.
+        init_std: None draws gate and experts (which conversion replaces) with 0.02 and starts the noise at 0; a
+            number draws all of them.
         kernel: of the experts.
     """
     init = drawn(init_std, normal(0.02))

@@ -58,7 +58,7 @@ LORA_MOE = Recipe(
     citation="Dou et al. LoRAMoE: Alleviating World Knowledge Forgetting in LLMs. 2023. arXiv:2312.09979",
     router="a softmax over all experts in each of the three linear maps",
     formula="""\
-in each linear map W of the frozen network: y = W x + alpha / rank * sum_e softmax(V x)_e B_e A_e x
+in each linear map W of the frozen network: y = W x + alpha / rank * sum_e softmax(V x)_e B_e A_e dropout(x)
 Q_es = weight of expert e over the tokens of sequence s;  I_es = 1 + delta if their kinds match, else 1 - delta
 loss = 0.1 * var(I Q) / mean(I Q)^2, added up over the three maps""",
     sources={

@@ -64,7 +64,7 @@ MIXLORA = Recipe(
     router="the two best experts of a softmax, renormalised over the two",
     formula="""\
 z = V x;  S = the K largest of z;  w = softmax(z over S)
-FFN_e: the frozen SwiGLU, each matrix W replaced by W + alpha / rank * B_e A_e
+FFN_e: the frozen SwiGLU, each matrix W replaced by W + alpha / rank * B_e A_e (dropout before A_e)
 y = sum_{e in S} w_e FFN_e(x)
 loss = 0.01 * E * sum_e f_e P_e over all K choices""",
     sources={

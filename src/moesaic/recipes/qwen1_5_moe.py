@@ -66,7 +66,7 @@ loss = 0.004 * E * sum_e f_e P_e over all K choices, per layer""",
         "The released model was upcycled from Qwen-1.8B: its experts are shuffled parts of one network, half of them "
         "drawn anew; this builds the layer from fresh weights. transformers' loss counts all K choices without "
         "dividing by K (value K at balance) and pools all layers before it multiplies: its coefficient of 0.001 "
-        "times K = 4 is the 0.004 here."
+        "times K = 4 is the 0.004 here, for each of L layers, which is L times the pull of the pooled loss."
     ),
     build=qwen1_5_moe_layer,
     balance=(LossTerm(name="switch", loss=switch_loss, coefficient=4e-3),),

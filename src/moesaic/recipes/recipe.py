@@ -105,7 +105,7 @@ class Recipe:
             top_k: experts per token; None for the published number.
             **options: anything in :attr:`options`.
         Raises:
-            ConfigError: if a number is out of range or no number, or an option is unknown.
+            ConfigError: if a number is out of range, or an option is unknown or not of its kind.
         """
         if num_experts is not None:
             options["num_experts"] = num_experts
@@ -125,23 +125,28 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be a whole number of at least 1, got {value!r}. Give a positive {name}."
                 )
-        self._check_numbers(options)
+        self._check_kinds(options)
         return self.build(width, hidden=hidden, **options)
 
-    def _check_numbers(self, options: dict[str, Any]) -> None:
-        """Refuse what is no number where one is needed, as ``--option capacity_factor=high`` or a NaN."""
+    def _check_kinds(self, options: dict[str, Any]) -> None:
+        """Refuse what is not of the kind that is needed, as ``--option capacity_factor=high`` or a NaN."""
         hints = get_type_hints(self.build)
         for name, value in options.items():
             kinds = get_args(hints[name]) or (hints[name],)
-            if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
+            if value is None and type(None) in kinds:
                 continue
-            needed = "a finite number" if float in kinds else "a whole number"
-            fits = isinstance(value, (int, float) if float in kinds else int) and not isinstance(value, bool)
-            if not fits or not math.isfinite(value):
+            kind = next(kind for kind in (bool, float, int, str) if kind in kinds)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if kind in (int, float):
+                fits = fits and not isinstance(value, bool) and math.isfinite(value)
+            if not fits:
                 raise ConfigError(
-                    f"option {name} of recipe {self.name} must be {needed}, got {value!r}. "
+                    f"option {name} of recipe {self.name} must be {_NEEDED[kind]}, got {value!r}. "
                     f"Leave it out for the published {self.options[name]}."
                 )
+
+
+_NEEDED = {bool: "True or False", float: "a finite number", int: "a whole number", str: "text"}
 
 
 def drawn(init_std: float | None, published: Init) -> Init:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.balance import AdaptiveRule, LossTerm, even_gate_loss
+from moesaic.core.errors import ConfigError
 from moesaic.core.init import normal
 from moesaic.dispatch import Capacity
 from moesaic.experts import GatedExperts
@@ -41,6 +42,8 @@ def skywork_layer(
         init_std: 0.02 unless given.
         kernel: of the experts.
     """
+    if coefficient < 0:
+        raise ConfigError(f"coefficient must be at least 0, got {coefficient}. Skywork-MoE's is 0.01 at most.")
     init = drawn(init_std, normal(0.02))
     router = NormalizedRouter(width, num_experts, top_k=top_k, scale=sharpness, init=init)
     experts = GatedExperts(
@@ -55,7 +58,7 @@ SKYWORK = Recipe(
     name="skywork",
     year=2024,
     summary="gating logits of one spread; each layer's balance coefficient follows its drop rate",
-    citation="Wei et al. Skywork-MoE: A Deep Dive into Training Techniques for MoE Language Models. arXiv:2406.06563",
+    citation="Wei et al. Skywork-MoE: A Deep Dive into Training Techniques for MoE. 2024. arXiv:2406.06563",
     router="the two best experts of a softmax over logits normalised token by token, renormalised over the two",
     formula="""\
 z = W x + b;  z' = sharpness * (z - mean(z)) / std(z) over the experts of a token
@@ -76,8 +79,9 @@ after each step, for each layer: alpha <- 0.99 alpha + 0.01 min(share of rows dr
     differences=(
         "The paper measures the rate of dropped tokens without giving its capacity, nor the first alpha. The standard "
         "deviation is the population's, which the paper leaves open; related code (MoE++) takes the sample's, "
-        "sqrt(E / (E - 1)) more, and leaves the mean in, which softmax does not see. The released model grew from a "
-        "dense one; this builds the layer from fresh weights."
+        "sqrt(E / (E - 1)) more, and leaves the mean in, which softmax does not see. A millionth is added to the "
+        "variance, so that equal logits stay equal. The released model grew from a dense one; this builds the layer "
+        "from fresh weights."
     ),
     build=skywork_layer,
     balance=(

@@ -55,7 +55,7 @@ SWITCH = Recipe(
     citation="Fedus, Zoph, Shazeer. Switch Transformers. JMLR 23(120), 2022. arXiv:2101.03961",
     router="one expert per token, the best of a softmax, weighted by its probability",
     formula="""\
-p = softmax(W x)
+p = softmax(W x);  in training W sees x times uniform noise from 1 - jitter to 1 + jitter
 e* = argmax_e p_e;  y = p_e* FFN_e*(x)
 each expert takes at most C = max(min_capacity, ceil(capacity_factor * T * K / E)) tokens, earliest first
 loss = 0.01 * E * sum_e f_e P_e,  f_e = share of rows that chose e,  P_e = mean_t p_te""",
@@ -70,8 +70,10 @@ loss = 0.01 * E * sum_e f_e P_e,  f_e = share of rows that chose e,  P_e = mean_
         "init_std": "section 2.4",
     },
     differences=(
-        "The paper's pseudo-code keeps C - 1 rows (an inclusive count compared with <); the authors' code and "
-        "this keep C. transformers has a fixed capacity of 64 for each sequence and a loss of the same value. "
+        "Table 9 lists GEGLU networks for Switch-Base; transformers has ReLU for the original model, and so has this. "
+        "Appendix F adds the jitter to logits; the authors' code multiplies the input, as here. The paper's "
+        "pseudo-code keeps C - 1 rows (an inclusive count compared with <); the authors' code and this keep C. "
+        "transformers has a fixed capacity of 64 for each sequence and a loss of the same value. "
         "DeepSpeed drops random rows of an overfull expert unless told otherwise; here the latest go."
     ),
     build=switch_layer,

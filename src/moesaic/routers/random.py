@@ -33,12 +33,7 @@ class RandomRouter(ExactBuffers):
         super().__init__()
         if num_experts < 1:
             raise ConfigError(f"num_experts must be at least 1, got {num_experts}. THOR uses 2.")
-        self._num_experts = num_experts
-
-    @property
-    def num_experts(self) -> int:
-        """Experts to draw from."""
-        return self._num_experts
+        self.num_experts = num_experts
 
     @property
     def experts_per_token(self) -> float:

@@ -36,13 +36,8 @@ class HashRouter(ExactBuffers):
 
     def __init__(self, num_experts: int, *, vocab_size: int, seed: int = 0) -> None:
         super().__init__()
-        self._num_experts = num_experts
+        self.num_experts = num_experts
         self.register_exact("table_V", random_table(vocab_size, num_experts, seed))
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of the table."""
-        return self._num_experts
 
     @property
     def experts_per_token(self) -> float:
@@ -97,7 +92,11 @@ class DomainHashRouter(ExactBuffers):
                 f"num_domains must divide num_experts={num_experts}, got {num_domains}. "
                 "Change one so that every domain has as many experts."
             )
-        self._num_experts = num_experts
+        if vocab_size < 1:
+            raise ConfigError(
+                f"vocab_size must be at least 1, got {vocab_size}. Pass the size of the tokenizer's vocabulary."
+            )
+        self.num_experts = num_experts
         per_domain = num_experts // num_domains
         # One long draw, a line for each domain: tables of different domains are independent.
         table_V = random_table(num_domains * vocab_size, per_domain, seed)
@@ -105,9 +104,9 @@ class DomainHashRouter(ExactBuffers):
         self.register_exact("table_QV", first_Q[:, None] + table_V.view(num_domains, vocab_size))
 
     @property
-    def num_experts(self) -> int:
-        """Experts of all domains together."""
-        return self._num_experts
+    def num_domains(self) -> int:
+        """Q."""
+        return self.table_QV.shape[0]
 
     @property
     def experts_per_token(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from moesaic.core.errors import ConfigError
+from moesaic.routers import DomainHashRouter
 from moesaic.train.backbone import Backbone, twin_hidden
 from moesaic.train.config import TrainConfig
 
@@ -57,15 +60,30 @@ def training_arguments(config: TrainConfig, output: Path) -> TrainingArguments:
     return args
 
 
-def check_models(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_models(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, domains: Sequence[str]) -> None:
     """Build all of a run's models without memory, so that what cannot be built is refused before a file is touched.
 
+    Args:
+        config: of the run.
+        tokenizer: of its models.
+        domains: of its text.
     Raises:
-        ConfigError: if the recipe, the backbone or the twin refuses its numbers.
+        ConfigError: if the recipe, the backbone or the twin refuses its numbers, or the recipe has experts for fewer
+            domains than the text has.
     """
     with torch.device("meta"):
         for kind in ("moe", "dense") if config.twin else ("moe",):
-            build_model(kind, config, tokenizer)
+            _check_domains(build_model(kind, config, tokenizer), config.recipe, domains)
+
+
+def _check_domains(model: PreTrainedModel, recipe: str, domains: Sequence[str]) -> None:
+    for router in model.modules():
+        # Experts of one domain are for all text; those of more domains than the text has stay idle.
+        if isinstance(router, DomainHashRouter) and 1 < router.num_domains < len(domains):
+            raise ConfigError(
+                f"recipe {recipe} needs experts for each of the text's {len(domains)} domains ({', '.join(domains)}), "
+                f"got num_domains={router.num_domains}. Raise num_domains, or give 1 to tell no domains apart."
+            )
 
 
 def build_model(kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -90,6 +108,7 @@ def build_model(kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerFa
         "layers": config.sparse_layers,
         "init_std": backbone.init_std,
         "aux_coefficients": config.aux_coefficients,
+        "balance": config.balance,
         **config.options,
     }
     sparse: PreTrainedModel = sparsify(backbone.build(), config.recipe, **arguments)

@@ -51,6 +51,8 @@ class TrainConfig:
         context: tokens of one training sequence.
         options: further options of the recipe.
         aux_coefficients: how strongly balance losses pull, by name; by default as the recipe says.
+        balance: losses and controllers in place of the recipe's, by their names in ``moesaic.balance.TERMS``, each
+            with its number.
         init_std: standard deviation of the initial weights of MoE and twin; by default 0.02, and for widths below
             768 larger as one over the square root of the width, so that activations keep their size. ``t5`` draws its
             own weights by their fan-in, as published: there this is for the experts alone.
@@ -89,6 +91,7 @@ class TrainConfig:
     context: int = 256
     options: Mapping[str, Option] = field(default_factory=dict)
     aux_coefficients: Mapping[str, float] = field(default_factory=dict)
+    balance: Mapping[str, float] | None = None
     init_std: float | None = None
     steps: int = 1000
     batch_size: int = 16
@@ -217,6 +220,7 @@ class TrainConfig:
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "out"}
         values["options"] = dict(self.options)
         values["aux_coefficients"] = dict(self.aux_coefficients)
+        values["balance"] = None if self.balance is None else dict(self.balance)
         for name in ("data", "tokenizer"):
             if Path(values[name]).exists() and values[name] not in ("builtin", "bytes"):
                 values[name] = str(Path(values[name]).resolve())

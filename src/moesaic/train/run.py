@@ -56,7 +56,7 @@ def _begin(config: TrainConfig, *, overwrite: bool) -> Material:
     folder.check(config.out, overwrite=overwrite, reads=(config.data, config.tokenizer))
     # Everything that can be refused is refused before the first file is written or deleted.
     material = Material.load(config)
-    check_models(config, material.tokenizer)
+    check_models(config, material.tokenizer, material.blocks.domains)
     folder.clear(config.out)
     kind = "pair" if config.twin else "moe"
     run = folder.create(config.out, kind=kind, config=config, fingerprint=material.fingerprint)

@@ -153,7 +153,7 @@ def ds_moe(case: Case, weights: Weights, options: dict[str, Any]) -> Answer:
         for e in range(options["num_experts"])
     ]
     loss = _mean_entropy(table, case.tokens) - _entropy(means)
-    return _answer(case, weights, options, table, "silu", mutual_information=loss)
+    return _answer(case, weights, options, table, "silu", **{"mutual-information": loss})
 
 
 def evo_moe(case: Case, weights: Weights, options: dict[str, Any]) -> Answer:
@@ -185,7 +185,7 @@ def evo_moe(case: Case, weights: Weights, options: dict[str, Any]) -> Answer:
         gates = [row.weight for row in table.rows if row.expert == e and case.valid[row.token]]
         num_tokens = max(len(case.tokens), 1)
         loss = loss + num_experts * (sum(gates, start=_zero()) / num_tokens) * (len(gates) / num_tokens)
-    return _answer(case, weights, options, table, "gelu", active_share=loss)
+    return _answer(case, weights, options, table, "gelu", **{"active-share": loss})
 
 
 def reinforce(case: Case, weights: Weights, options: dict[str, Any]) -> Answer:
