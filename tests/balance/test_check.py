@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from moesaic import ConfigError, recipes
-from moesaic.balance import TERMS, LossTerm, check, named
+from moesaic.balance import TERMS, BiasRule, LossTerm, check, named
+from moesaic.routers import TopKRouter
 from tests.laws.settings import WIDTH, context_for, plain, tokens
 
 # What an implementation reads only in its own company, and what the router must be able to do.
 REASONS = (
     "needs routing.extras[",
-    "needs a router with a selection bias",
+    "which has no place for one",
     "needs a layer with a coefficient",
     "needs layers with a coefficient",
     "needs a router that can cool",
@@ -52,6 +53,17 @@ def gradient_of(term, layer, setting) -> float:
     return steepest
 
 
+def moves_load(controller, layer, setting) -> bool:
+    """Whether steps on a lopsided load take rows from the experts that had most of them."""
+    controller.rate = 0.2
+    x_TD, context = tokens(48), context_for(48, setting)
+    before_E = layer.eval()(x_TD, None, context)[1].load_E
+    for _ in range(3):
+        controller.step(before_E)
+    after_E = layer(x_TD, None, context)[1].load_E
+    return int(after_E[before_E.argmax()]) < int(before_E.max())
+
+
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_every_term_trains_the_router_of_every_recipe_or_is_refused_with_the_reason(recipe):
     setting = plain(recipe)
@@ -59,10 +71,17 @@ def test_every_term_trains_the_router_of_every_recipe_or_is_refused_with_the_rea
         (term,) = named({name: 2.0})
         layer = setting.layer(**({"segment": 6} if recipe == "lory" else {}))
         refusal = refusal_of([term, *named(COMPANY.get(name, {}))], layer)
+        assert getattr(getattr(layer, "router", None), "bias_E", None) is None or recipe == "deepseek-v3"
+        if name == "bias":
+            assert (refusal is None) == isinstance(getattr(layer, "router", None), TopKRouter)
         if refusal is not None:
             assert any(reason in refusal for reason in REASONS), (name, refusal)
         elif isinstance(term, LossTerm):
             assert gradient_of(term, layer, setting) > 1e-9, name
+        elif isinstance(term, BiasRule):
+            term.prepare(layer)
+            (controller,) = term.build([layer])
+            assert moves_load(controller, layer, setting)
         else:
             assert term.build([layer]), name
 
@@ -146,3 +165,28 @@ def test_a_controller_of_a_coefficient_needs_a_loss_that_reads_it(rule, name):
         f"{name} moves the coefficient of an adaptive loss, and this balance has none. Add adaptive-even-gate or "
         "adaptive-l1, or leave the rule out."
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "router"),
+    [
+        ("expert-choice", "ExpertChoiceRouter"),
+        ("hash", "HashRouter"),
+        ("dense", "DenseRouter"),
+        ("thor", "RandomRouter"),
+        ("relu", "ReLURouter"),
+    ],
+)
+def test_a_bias_is_refused_where_no_token_chooses_by_scores(recipe, router):
+    with pytest.raises(ConfigError) as error:
+        check(named({"bias": 0.02}), plain(recipe).layer(), WIDTH)
+    assert str(error.value) == (
+        "Loss-free balancing adds a bias to the scores by which each token chooses its K best experts, as TopKRouter "
+        f"does, got {router}, which has no place for one. Use a balance loss, or a recipe with that router."
+    )
+
+
+def test_a_trial_of_a_bias_leaves_the_layer_without_one():
+    layer = plain("mixtral").layer()
+    check(named({"bias": 0.02}), layer, WIDTH)
+    assert "router.bias_E" not in layer.state_dict()

@@ -67,7 +67,7 @@ def test_a_router_without_a_bias_is_refused():
         BiasController(TopKRouter(4, 3, top_k=2))
     assert str(error.value) == (
         "BiasController needs a router with a selection bias, got TopKRouter without one. "
-        "Build the router with selection_bias=True."
+        "Build a TopKRouter with selection_bias=True, or call its add_selection_bias()."
     )
 
 

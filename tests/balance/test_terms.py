@@ -25,6 +25,20 @@ def test_a_bias_rule_builds_its_controller_with_its_numbers():
     assert (controller.router, controller.rate, controller.rule) == (layer.router, 0.125, "proportional")
 
 
+def test_a_bias_rule_gives_a_router_the_bias_that_it_steers_and_keeps_one_that_is_there():
+    layer = MoELayer(TopKRouter(4, 3, top_k=2), MLPExperts(3, 4, 2)).bfloat16()
+    rule = BiasRule(rate=0.125)
+    rule.prepare(layer)
+    assert layer.router.bias_E.dtype == torch.float32
+    assert layer.state_dict()["router.bias_E"].tolist() == [0.0, 0.0, 0.0]
+    (controller,) = rule.build([layer])
+    controller.step(torch.tensor([6, 1, 1]))
+    moved = layer.router.bias_E.clone()
+    assert moved.any()
+    rule.prepare(layer)
+    assert torch.equal(layer.router.bias_E, moved)
+
+
 def test_a_term_by_name_has_the_number_that_it_was_given():
     for name in TERMS:
         (term,) = named({name: 1.5})

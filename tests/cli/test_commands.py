@@ -67,7 +67,11 @@ BAD_ARGUMENTS = [
         ["--balance", "switch=much"],
         "--balance must give a number, got 'much'. Write for example --balance switch=0.01.",
     ),
-    (["--balance", "bias=0.01"], "BiasController needs a router with a selection bias, got TopKRouter without one."),
+    (
+        ["--recipe=hash", "--balance", "bias=0.01"],
+        "Loss-free balancing adds a bias to the scores by which each token chooses its K best experts, as TopKRouter "
+        "does, got HashRouter, which has no place for one.",
+    ),
     (["--aux", "switch=nan"], "The coefficient of balance loss switch must be a finite number of at least 0, got nan."),
     (["--backbone=t5", "--context=33"], "context must be even for t5, half of it for the encoder and half for the"),
     (

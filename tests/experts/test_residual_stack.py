@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from moesaic import ConfigError, recipes
+from moesaic import ConfigError
 from moesaic.core.init import normal
 from moesaic.experts import ResidualStack
+from tests.laws.settings import Setting
 
 
 def test_the_stack_gives_what_its_sublayers_add_to_the_input():
     torch.manual_seed(0)
-    stack = ResidualStack(6, 5, sublayers=3, init=normal(0.5)).double()
+    stack = ResidualStack(6, 5, sublayers=3, init=normal(0.5), out_init=normal(0.5)).double()
     x_MD = h_MD = torch.randn(7, 6, dtype=torch.float64)
     for sublayer in stack.sublayers:  # fairseq's BaseSublayer, which returns its input as well
         h_MD = h_MD + sublayer.down(torch.relu(sublayer.up(sublayer.norm(h_MD))))
@@ -18,7 +19,8 @@ def test_the_stack_gives_what_its_sublayers_add_to_the_input():
 def test_the_layer_in_a_block_is_fairseq_s_mix_of_input_and_expert():
     """Reference 10.1: alpha F(h) + (1 - alpha) h is h plus the layer."""
     torch.manual_seed(0)
-    layer = recipes.get("base").layer(6, hidden=5, num_experts=3, sublayers=2, init_std=0.5).double()
+    layer = Setting("base", {"num_experts": 3, "sublayers": 2}).layer(6).double()
+    assert layer.experts[0].sublayers[1].down.weight.abs().sum() > 1
     x_TD = torch.randn(9, 6, dtype=torch.float64)
     y_TD, routing = layer(x_TD)
     for t, e in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
@@ -38,7 +40,7 @@ def test_a_fresh_stack_adds_only_its_bias():
 
 
 def test_lower_precision_goes_in_and_out():
-    stack = ResidualStack(6, 5, sublayers=2, init=normal(0.5))
+    stack = ResidualStack(6, 5, sublayers=2, init=normal(0.5), out_init=normal(0.5))
     x_MD = torch.randn(4, 6)
     exact_MD = stack(x_MD)
     torch.testing.assert_close(stack.bfloat16()(x_MD.bfloat16()).float(), exact_MD, rtol=0.05, atol=0.1)

@@ -265,17 +265,6 @@ def test_no_balance_is_a_balance():
     assert "aux_loss" not in model(**batch("llama"))
 
 
-def test_a_bias_can_be_asked_for_where_the_router_has_one():
-    model = sparsify(build("llama"), "deepseek-v3", **OPTIONS["deepseek-v3"], balance={"bias": 0.02})
-    assert [steered.controller.rate for steered in controllers(model)] == [0.02, 0.02]
-    with pytest.raises(ConfigError) as error:
-        sparsify(build("llama"), "mixtral", **OPTIONS["mixtral"], balance={"bias": 0.02})
-    assert str(error.value) == (
-        "BiasController needs a router with a selection bias, got TopKRouter without one. "
-        "Build the router with selection_bias=True."
-    )
-
-
 @pytest.mark.parametrize(
     ("recipe", "given", "message"),
     [

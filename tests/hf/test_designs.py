@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from moesaic import ConfigError, recipes
-from moesaic.hf import moe_layers, sparsify
+from moesaic.hf import moe_layers, observe, sparsify
 from moesaic.hf.layers import blocks
 from moesaic.hf.register import register
 from tests.hf.tiny import OPTIONS, batch, build
 
+ZERO_STARTS = ("shazeer-2017", "hierarchical-2017", "grok-1")
 LORA = ("mixlora", "lora-moe", "mole")
 
 
@@ -48,6 +49,54 @@ def test_a_recipe_that_differs_by_depth_does_so_in_a_model(tmp_path):
     assert sizes(AutoModelForCausalLM.from_pretrained(tmp_path)) == wanted
     given = sparsify(build("llama"), "pr-moe", num_experts=[5, 6])
     assert sizes(given) == [5, 6]
+
+
+@pytest.mark.parametrize("recipe", ZERO_STARTS)
+def test_gates_that_are_published_to_start_at_0_do_so_in_a_model(recipe):
+    """A model's initializer_range is the experts' width."""
+    model = sparsify(build("llama", initializer_range=0.3), recipe, **OPTIONS[recipe])
+    for layer in moe_layers(model).values():
+        assert not any(weight.any() for weight in layer.router.parameters())
+        assert float(layer.experts.up_EDF.detach().std()) == pytest.approx(0.3, rel=0.2)
+    drawn = sparsify(build("llama"), recipe, **OPTIONS[recipe], gate_init_std=0.4)
+    assert all(weight.any() for layer in moe_layers(drawn).values() for weight in layer.router.parameters())
+
+
+def test_base_starts_in_a_model_as_published_and_loads_in_lower_precision(tmp_path):
+    register()
+    model = sparsify(build("llama"), "base", **OPTIONS["base"])
+    for layer in moe_layers(model).values():
+        weight_ED = layer.router.weight.detach()
+        torch.testing.assert_close(weight_ED @ weight_ED.T, 0.01 * torch.eye(4), atol=1e-6, rtol=0)
+        assert not any(expert.sublayers[0].down.weight.any() for expert in layer.experts)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for layer, saved in zip(moe_layers(loaded).values(), moe_layers(model).values(), strict=True):
+        assert torch.equal(layer.router.weight, saved.router.weight.bfloat16())
+
+
+@pytest.mark.parametrize("recipe", ZERO_STARTS)
+def test_a_gate_that_starts_at_0_learns_and_spreads_the_tokens(recipe):
+    """Untrained, evaluation breaks every tie the same way; noise, or the balance loss, parts the experts."""
+    torch.manual_seed(0)
+    model, inputs = sparsify(build("llama"), recipe, **OPTIONS[recipe] | {"num_experts": 8}), batch("llama")
+
+    def busy_and_loss():
+        seen = []
+        with torch.no_grad(), observe(model.eval(), lambda one: seen.append(one.routing.load_E)):
+            loss = float(model(**inputs).loss)
+        return [int((load_E > 0).sum()) for load_E in seen], loss
+
+    before, first_loss = busy_and_loss()
+    assert max(before) == (4 if recipe == "hierarchical-2017" else 2)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    after, last_loss = busy_and_loss()
+    assert min(after) >= 6
+    assert last_loss < 0.5 * first_loss
 
 
 def test_the_gating_residual_hears_the_layer_below_and_trains():

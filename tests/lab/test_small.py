@@ -87,3 +87,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny):
 
     with pytest.raises(NotFiniteError):
         trained("switch", 0, tiny, prepare=spoil)
+
+
+def test_what_is_composed_is_trained_as_nothing_was_before(tiny, monkeypatch):
+    from moesaic.lab import text
+
+    models, score = [], text.bits_per_byte
+    monkeypatch.setattr(text, "bits_per_byte", lambda model, setup: models.append(model) or score(model, setup))
+    assert run_adapted("mole", 0, tiny).options == {"train_experts": True}
+    experts = models[0].get_submodule("model.layers.0.mlp.moe.experts")
+    assert all(part.out_ERF.any() for part in (experts.gate, experts.up, experts.down))
+    assert run_adapted("mole", 0, tiny).score != run("twin", 0, tiny).score

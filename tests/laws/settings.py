@@ -42,7 +42,7 @@ class Setting:
         return list(self.recipe.losses)
 
     def layer(self, width: int = WIDTH, **changes: Any) -> MoELayer:
-        options = {"init_std": 0.5, **self.options, **changes}
+        options = {"init_std": 0.5, "gate_init_std": 0.5, **self.options, **changes}
         options = {name: value for name, value in options.items() if name in self.recipe.options}
         layer = self.recipe.layer(width, hidden=HIDDEN, **options)
         if (
@@ -131,6 +131,8 @@ MORE = [
     Setting("pangu-sigma", {"num_experts": 6, "top_k": 1, "vocab_size": 60, "num_domains": 2}),
     Setting("pangu-sigma", {"num_experts": 5, "top_k": 1, "vocab_size": 50}),
     Setting("expert-choice", {"num_experts": 6, "top_k": 2, "group": "sequence"}),
+    Setting("expert-choice", {"num_experts": 4, "top_k": 1, "capacity_factor": 0.5}),
+    Setting("expert-choice", {"num_experts": 5, "top_k": 2, "capacity_factor": 1.5, "cap": 2}),
     Setting("expert-choice", {"num_experts": 4, "top_k": 1, "cap": 1}),
     Setting("expert-choice", {"num_experts": 5, "top_k": 2, "cap": 2, "group": "sequence", "activation": "relu"}),
     Setting("mod", {"num_experts": 1, "capacity": 0.5}),

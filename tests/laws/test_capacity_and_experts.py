@@ -5,13 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic import Plan, Routing, recipes
+from moesaic import Plan, Routing
 from moesaic.experts import GatedExperts, MLPExperts, SequentialExperts
 from moesaic.kernels.activations import activation
 from moesaic.kernels.grouped_ffn import KERNELS, grouped_ffn_torch
 from moesaic.routers import select_top_k
 from moesaic.telemetry.summary import RoutingSummary
-from tests.laws.settings import HIDDEN, TOKEN_CHOICE, TOKEN_CHOICE_NAMES, WIDTH, every_setting, some_padding, tokens
+from tests.laws.settings import (
+    TOKEN_CHOICE,
+    TOKEN_CHOICE_NAMES,
+    WIDTH,
+    Setting,
+    every_setting,
+    some_padding,
+    tokens,
+)
 
 DROPPING = [setting for setting in TOKEN_CHOICE if not setting.is_dropless]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -265,8 +273,7 @@ def test_sequential_experts_add_up_in_float32():
 def test_the_gradient_of_a_token_adds_up_in_float32_over_its_experts(name):
     """Trap 17: the backward's sum too. The float64 gradient is met to the rounding of the parts, not of the sum."""
     torch.manual_seed(3)
-    recipe = recipes.get(name)
-    layer = recipe.layer(16, hidden=HIDDEN, num_experts=32, top_k=32, init_std=0.5).eval().bfloat16()
+    layer = Setting(name, {"num_experts": 32, "top_k": 32}).layer(16).eval().bfloat16()
     x_TD = tokens(20, 16, torch.bfloat16).requires_grad_()
     layer(x_TD)[0].backward(torch.ones(20, 16, dtype=torch.bfloat16))
     exact_TD = x_TD.detach().double().requires_grad_()

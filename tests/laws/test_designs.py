@@ -84,6 +84,8 @@ def _looks_ahead(setting: Setting, *, training: bool) -> bool:
 
 def _without_drops(setting: Setting) -> dict[str, float]:
     """A capacity for everything: what is dropped depends on the rest of the batch by its nature."""
+    if setting.recipe_name == "expert-choice":  # its factor drops nothing: it is the experts per token
+        return {}
     factors = ("capacity_factor", "eval_capacity_factor", "device_capacity_factor", "capacity_gamma")
     return {name: 100.0 for name in factors if name in setting.recipe.options}
 

@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from moesaic import MoELayer, Routing, recipes
+from moesaic import MoELayer, Routing
 from moesaic.dispatch import Capacity, Sort
-from tests.laws.settings import TOKEN_CHOICE, TOKEN_CHOICE_NAMES, every_setting, gradients, rows, some_padding, tokens
+from tests.laws.settings import (
+    TOKEN_CHOICE,
+    TOKEN_CHOICE_NAMES,
+    Setting,
+    every_setting,
+    gradients,
+    rows,
+    some_padding,
+    tokens,
+)
 from tests.tolerances import assert_close
 
 
@@ -94,8 +103,7 @@ def test_renaming_experts_changes_nothing(setting):
 
 @pytest.mark.parametrize("name", TOKEN_CHOICE_NAMES)
 def test_choosing_every_expert_is_the_dense_mixture(name):
-    recipe = recipes.get(name)
-    layer = recipe.layer(8, hidden=6, num_experts=5, top_k=5, init_std=0.5).double().eval()
+    layer = Setting(name, {"num_experts": 5, "top_k": 5}).layer().double().eval()
     x_TD = tokens(20, dtype=torch.float64)
     y_TD, routing = layer(x_TD)
     experts, act = layer.experts, layer.experts.activation.forward

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moesaic import Context, recipes
+from moesaic import ConfigError, Context, recipes
 from moesaic.balance import LossTerm, depth_loss
+from moesaic.core.init import orthogonal
 from moesaic.dispatch import Sort
 from moesaic.experts import MLPExperts, ResidualStack, SequentialExperts
 
@@ -57,6 +58,51 @@ def test_base_starts_with_centroids_at_right_angles_and_experts_that_add_a_bias(
     assert all(expert.sublayers[0].down.weight.abs().sum() == 0 for expert in layer.experts)
     assert layer.num_active_params == layer.router.weight.numel() + sum(
         p.numel() for p in layer.experts[0].parameters()
+    )
+
+
+def test_the_width_of_base_s_weights_leaves_what_is_published_to_start_at_0():
+    """A model's initializer_range is not the router's business, nor that of matrices which start at 0."""
+    torch.manual_seed(0)
+    layer = recipes.get("base").layer(32, hidden=80, num_experts=6, init_std=0.3)
+    weight_ED = layer.router.weight.detach()
+    torch.testing.assert_close(weight_ED @ weight_ED.T, 0.01 * torch.eye(6), atol=1e-6, rtol=0)
+    sublayer = layer.experts[0].sublayers[0]
+    assert not sublayer.down.weight.any()
+    assert float(sublayer.up.weight.detach().std()) == pytest.approx(0.3, rel=0.1)
+    wide = recipes.get("base").layer(32, hidden=8, num_experts=60, gate_init_std=0.3)
+    assert float(wide.router.weight.detach().std()) == pytest.approx(0.3, rel=0.1)
+
+
+def test_centroids_at_right_angles_can_be_drawn_in_lower_precision():
+    weight_ED = torch.empty(6, 32, dtype=torch.bfloat16)
+    orthogonal(0.1)(weight_ED, 32)
+    torch.testing.assert_close(weight_ED @ weight_ED.T, 0.01 * torch.eye(6, dtype=torch.bfloat16), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("factor", "rows"), [(0.5, 16), (1.5, 48), (2.0, 64), (None, 96)])
+def test_experts_may_choose_any_number_of_tokens(factor, rows):
+    """The paper's c, 0.5 in the least of its ablations: half of all tokens are taken, if by different experts."""
+    torch.manual_seed(0)
+    recipe = recipes.get("expert-choice")
+    layer = recipe.layer(8, hidden=6, num_experts=4, top_k=3, capacity_factor=factor)
+    y_TD, routing = layer(torch.randn(32, 8))
+    assert routing.num_rows == rows
+    assert routing.load_E.tolist() == [rows // 4] * 4
+    assert layer.router.experts_per_token == rows / 32
+    one = sum(parameter[0].numel() for parameter in layer.experts.parameters())
+    assert layer.num_active_params == layer.router.weight.numel() + round(one * rows / 32)
+    nobody_s_T = torch.bincount(routing.token_N, minlength=32) == 0
+    assert not y_TD[nobody_s_T].any()
+    assert int(nobody_s_T.sum()) >= 32 - rows
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.5, 4.5])
+def test_an_average_that_cannot_be_is_refused(factor):
+    with pytest.raises(ConfigError) as error:
+        recipes.get("expert-choice").layer(8, hidden=6, num_experts=4, capacity_factor=factor)
+    assert str(error.value) == (
+        f"capacity_factor must be above 0 and at most num_experts=4, got {factor}. The paper has 0.5, 1 and 2."
     )
 
 

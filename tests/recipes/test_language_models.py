@@ -17,6 +17,7 @@ from moesaic.balance import (
 )
 from moesaic.dispatch import Capacity, DeviceCapacity, Sort
 from moesaic.experts import BiasedExperts, GatedExperts
+from tests.laws.settings import Setting
 
 # Routed experts, choices, normalisation of the weights, initial width of the experts, activation.
 PLAIN = {
@@ -141,7 +142,7 @@ SUMS = {"dbrx": 1.0, "arctic": 1.0, "skywork": 1.0, "qwen3-moe": 1.0, "gpt-oss":
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_add_up_as_published(name):
-    layer = recipes.get(name).layer(8, hidden=6, init_std=0.5).double()
+    layer = Setting(name).layer().double()
     routing = layer.router(torch.randn(50, 8, dtype=torch.float64))
     sum_T = routing.importance_E.new_zeros(50).index_add(0, routing.token_N, routing.weight_N).detach()
     if name in SUMS:

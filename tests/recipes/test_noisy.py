@@ -6,6 +6,7 @@ from moesaic.balance import LossTerm, importance_cv2, load_cv2, threshold_loss
 from moesaic.dispatch import Sort
 from moesaic.experts import GatedExperts, MLPExperts, SharedExpert
 from moesaic.routers import BatchwiseRouter, HierarchicalRouter, NoisyTopKRouter
+from tests.laws.settings import Setting
 
 
 def test_shazeer_2017_is_built_as_published():
@@ -24,6 +25,28 @@ def test_shazeer_2017_is_built_as_published():
         LossTerm(name="importance", loss=importance_cv2, coefficient=0.1),
         LossTerm(name="load", loss=load_cv2, coefficient=0.1),
     )
+
+
+@pytest.mark.parametrize("name", ["shazeer-2017", "hierarchical-2017", "llama-moe", "grok-1"])
+def test_the_width_of_the_experts_leaves_gates_that_start_at_0_alone(name):
+    torch.manual_seed(0)
+    layer = recipes.get(name).layer(40, hidden=30, num_experts=8, top_k=2, init_std=0.3)
+    assert float(layer.experts.up_EDF.detach().std()) == pytest.approx(0.3, rel=0.1)
+    for part, weight in layer.router.named_parameters():
+        # LLaMA-MoE draws its gate as the rest of the model, and starts the noise alone at 0.
+        width = 0.3 if name == "llama-moe" and "noise" not in part else 0.0
+        assert float(weight.detach().std()) == pytest.approx(width, rel=0.4), part
+    drawn = recipes.get(name).layer(40, hidden=30, num_experts=8, top_k=2, init_std=0.3, gate_init_std=0.05)
+    assert float(drawn.experts.up_EDF.detach().std()) == pytest.approx(0.3, rel=0.1)
+    for part, weight in drawn.router.named_parameters():
+        assert float(weight.detach().std()) == pytest.approx(0.05, rel=0.4), part
+
+
+@pytest.mark.parametrize("name", ["shazeer-2017", "hierarchical-2017", "llama-moe", "grok-1", "base"])
+def test_a_gate_of_negative_width_is_refused(name):
+    with pytest.raises(ConfigError) as error:
+        recipes.get(name).layer(8, hidden=6, num_experts=8, gate_init_std=-0.5)
+    assert str(error.value) == "gate_init_std must be at least 0, got -0.5. Leave it out for the published start."
 
 
 def test_hierarchical_2017_is_built_as_published():
@@ -111,7 +134,7 @@ def test_llama_moe_with_every_slice_at_weight_1_is_the_dense_network():
 def test_the_losses_balance_a_lopsided_router(name):
     """As in table 6 of the paper, in small: with the losses the busiest expert comes down."""
     torch.manual_seed(0)
-    layer = recipes.get(name).layer(8, hidden=4, num_experts=16, top_k=2, init_std=0.1)
+    layer = recipes.get(name).layer(8, hidden=4, num_experts=16, top_k=2, init_std=0.1, gate_init_std=0.1)
     with torch.no_grad():
         layer.router.weight[:3] += 0.5
     x_TD = torch.randn(400, 8) + 1
@@ -133,7 +156,7 @@ def test_the_losses_balance_a_lopsided_router(name):
 @pytest.mark.parametrize("training", [True, False])
 def test_gates_run_in_float32_under_autocast(name, training):
     torch.manual_seed(0)
-    layer = recipes.get(name).layer(8, hidden=4, num_experts=8, top_k=2, init_std=0.5).train(training)
+    layer = Setting(name, {"num_experts": 8, "top_k": 2}).layer().train(training)
     x_TD = torch.randn(200, 8)
     torch.manual_seed(1)
     expected = layer.router(x_TD)

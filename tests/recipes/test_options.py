@@ -32,6 +32,7 @@ OTHERS: dict[str, Any] = {
     "end_temperature": 0.02,
     "eval_capacity_factor": 0.3,
     "expert_dropout": 0.6,
+    "gate_init_std": 0.7,
     "gate_network": "linear",
     "group": "sequence",
     "group_size": 7,
@@ -119,7 +120,7 @@ def test_every_option_is_used(name, option):
     beside = BESIDE.get((name, option), {})
     before = replace(setting, options=setting.options | beside)
     other = OTHERS[option]
-    assert {"init_std": 0.5, **recipes.get(name).options, **before.options}[option] != other
+    assert {"init_std": 0.5, "gate_init_std": 0.5, **recipes.get(name).options, **before.options}[option] != other
     after = replace(setting, options=before.options | {option: other})
     assert _outcome(before) != _outcome(after)
 

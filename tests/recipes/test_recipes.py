@@ -136,8 +136,11 @@ def test_every_recipe_builds_with_any_number_of_experts(name, num_experts):
 
 
 # What starts at one value whatever the width of the rest, which its module's docstring says: gains and shifts of
-# norms, biases, second factors of low-rank maps, temperatures and thresholds. And what is published as of width 1.
-CONSTANT = re.compile(r"norm\.(weight|bias)$|_bias_E[DF]?$|\.out_ERF$|log_temperature$|threshold_E$|^scale$")
+# norms, biases, second factors of low-rank maps, BASE's second matrices, temperatures and thresholds. And what is
+# published as of width 1.
+CONSTANT = re.compile(
+    r"norm\.(weight|bias)$|_bias_E[DF]?$|\.out_ERF$|sublayers\.\d+\.down\.weight$|log_temperature$|threshold_E$|^scale$"
+)
 STANDARD = re.compile(r"\.constant_D$")
 
 
@@ -146,7 +149,8 @@ def test_the_width_of_fresh_weights_can_be_set(name):
     fresh: list[Mapping[str, torch.Tensor]] = []
     for std in (0.3, 0.05):
         torch.manual_seed(0)
-        layer = recipes.get(name).layer(64, hidden=48, **plain(name).options, init_std=std)
+        gate = {"gate_init_std": std} if "gate_init_std" in recipes.get(name).options else {}
+        layer = recipes.get(name).layer(64, hidden=48, **plain(name).options, init_std=std, **gate)
         for parameter_name, weight in layer.named_parameters():
             if not CONSTANT.search(parameter_name):
                 width = 1.0 if STANDARD.search(parameter_name) else std

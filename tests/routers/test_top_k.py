@@ -173,6 +173,34 @@ def test_the_bias_stays_float32_through_every_cast_and_follows_the_device():
     assert router.bias_E.dtype == torch.float32
 
 
+@pytest.mark.parametrize("normalize", ["scores", "chosen", "logits"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_bias_that_is_added_later_is_that_of_a_router_built_with_one(score, normalize):
+    torch.manual_seed(0)
+    built, later = (_router(score, normalize=normalize, selection_bias=biased) for biased in (True, False))
+    later.load_state_dict({"weight": built.weight})
+    x_TD = torch.randn(40, 5, dtype=torch.float64)
+    by_logits = later(x_TD)
+    later.add_selection_bias()
+    fresh = later(x_TD)
+    assert torch.equal(fresh.expert_N, by_logits.expert_N)
+    assert torch.equal(fresh.weight_N, by_logits.weight_N)
+    for router in (built, later):
+        router.bias_E.copy_(torch.linspace(-0.9, 0.4, 8).roll(3))
+    later.add_selection_bias()  # there is one: nothing happens
+    ours, theirs = later(x_TD), built(x_TD)
+    assert not torch.equal(ours.expert_N, by_logits.expert_N)
+    assert torch.equal(ours.expert_N, theirs.expert_N)
+    assert torch.equal(ours.weight_N, theirs.weight_N)
+    assert later.half().bias_E.dtype == torch.float32
+
+
+def test_a_bias_is_added_where_the_weight_is():
+    router = TopKRouter(8, 4, top_k=2).to("meta")
+    router.add_selection_bias()
+    assert router.bias_E.device.type == "meta"
+
+
 def test_the_bias_is_saved_with_the_router():
     assert "bias_E" in TopKRouter(8, 4, top_k=2, selection_bias=True).state_dict()
     assert "bias_E" not in TopKRouter(8, 4, top_k=2).state_dict()

@@ -23,6 +23,7 @@ RECIPES = [
     ("deepseek-v3", {"top_k": 2}),
     ("switch", {"options": {"jitter": 0.1, "capacity_factor": 0.75}}),
     ("mixtral", {"backbone": "gpt2", "tokenizer": "bpe:270"}),
+    ("mixtral", {"balance": {"bias": 0.01}}),
     ("switch", {"backbone": "lstm", "heads": None}),
     ("deepseek-v3", {"backbone": "t5", "top_k": 2, "moe_layers": "every-2"}),
 ]

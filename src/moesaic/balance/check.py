@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.balance.adaptive import AdaptiveRule
 from moesaic.balance.schedules import SparsityRule
-from moesaic.balance.terms import BalanceTerm, LossTerm, Rule
+from moesaic.balance.terms import BalanceTerm, BiasRule, LossTerm, Rule
 from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing
@@ -43,7 +43,10 @@ def check(terms: Sequence[BalanceTerm], layer: nn.Module, width: int) -> None:
                 f"{type(term).__name__} steers a router, got a {type(layer).__name__} without one. Leave it out."
             )
         else:
-            term.build([layer])
+            trial = copy.deepcopy(layer)
+            if isinstance(term, BiasRule):
+                term.prepare(trial)
+            term.build([trial])
             _check_moved_is_read(term, terms)
 
 

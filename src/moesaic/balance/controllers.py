@@ -52,7 +52,7 @@ class BiasController:
         if getattr(router, "bias_E", None) is None:
             raise ConfigError(
                 f"BiasController needs a router with a selection bias, got {type(router).__name__} without one. "
-                "Build the router with selection_bias=True."
+                "Build a TopKRouter with selection_bias=True, or call its add_selection_bias()."
             )
         if rate < 0:
             raise ConfigError(f"rate must be at least 0, got {rate}. DeepSeek-V3 uses 0.001.")

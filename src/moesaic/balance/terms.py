@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from moesaic.balance.controllers import BiasController, Controller
+from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing, missing_extra
 
 
@@ -62,6 +63,24 @@ class BiasRule:
 
     rate: float = 1e-3
     rule: Literal["sign", "proportional"] = "sign"
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Give the layer's router the bias that the controller moves, unless it has one; before weights are loaded.
+
+        Raises:
+            ConfigError: if the router does not choose by scores that a bias could be added to.
+        """
+        router = getattr(layer, "router", layer)
+        if getattr(router, "bias_E", None) is not None:
+            return
+        add_selection_bias = getattr(router, "add_selection_bias", None)
+        if add_selection_bias is None:
+            raise ConfigError(
+                "Loss-free balancing adds a bias to the scores by which each token chooses its K best experts, as "
+                f"TopKRouter does, got {type(router).__name__}, which has no place for one. Use a balance loss, or a "
+                "recipe with that router."
+            )
+        add_selection_bias()
 
     def build(self, layers: Sequence[nn.Module]) -> list[Controller]:
         """A controller for each layer's router."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import ConfigError
@@ -55,7 +56,10 @@ def zeros(weight: Tensor, _fan_in: int) -> None:
 def orthogonal(gain: float = 1.0) -> Init:
     """Draw rows, or columns if they are fewer, at right angles and of length ``gain``."""
 
+    @torch.no_grad()
     def draw(weight: Tensor, _fan_in: int) -> None:
-        nn.init.orthogonal_(weight, gain=gain)
+        # In float32 at least: torch has no QR decomposition of lower precision on a CPU.
+        wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        weight.copy_(nn.init.orthogonal_(wide, gain=gain))
 
     return draw

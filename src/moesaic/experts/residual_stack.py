@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.errors import ConfigError
-from moesaic.core.init import Init
+from moesaic.core.init import Init, zeros
 from moesaic.kernels.activations import Activation, relu
 
 
@@ -20,8 +20,8 @@ class ResidualStack(nn.Module):
         hidden: F, of each sublayer.
         sublayers: how many.
         activation: of the sublayers.
-        init: draws weights and biases. None as published: W1 and the biases uniform as ``nn.Linear`` draws them, W2
-            zero, so that a fresh expert adds only its bias.
+        init: draws W1 and the biases; None as published, uniform as ``nn.Linear`` draws them.
+        out_init: draws W2; 0 unless given, so that a fresh expert adds only its bias.
     Shape:
         ``(M, D)`` -> ``(M, D)``.
     Raises:
@@ -31,12 +31,19 @@ class ResidualStack(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, *, sublayers: int = 1, activation: Activation = relu, init: Init | None = None
+        self,
+        width: int,
+        hidden: int,
+        *,
+        sublayers: int = 1,
+        activation: Activation = relu,
+        init: Init | None = None,
+        out_init: Init = zeros,
     ) -> None:
         super().__init__()
         if sublayers < 1:
             raise ConfigError(f"sublayers must be at least 1, got {sublayers}. BASE's largest models use 10.")
-        self.sublayers = nn.ModuleList(_Sublayer(width, hidden, activation, init) for _ in range(sublayers))
+        self.sublayers = nn.ModuleList(_Sublayer(width, hidden, activation, init, out_init) for _ in range(sublayers))
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """The sum of the sublayers' updates."""
@@ -48,18 +55,16 @@ class ResidualStack(nn.Module):
 
 
 class _Sublayer(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: Activation, init: Init | None) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation, init: Init | None, out_init: Init) -> None:
         super().__init__()
         self.activation = activation
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
-        if init is None:
-            nn.init.zeros_(self.down.weight)
-            return
-        for linear, fan_in in ((self.up, width), (self.down, hidden)):
-            init(linear.weight, fan_in)
-            init(linear.bias, fan_in)
+        out_init(self.down.weight, hidden)
+        if init is not None:
+            for part, fan_in in ((self.up.weight, width), (self.up.bias, width), (self.down.bias, hidden)):
+                init(part, fan_in)
 
     def forward(self, x_MD: Tensor) -> Tensor:
         update_MD: Tensor = self.down(self.activation.forward(self.up(self.norm(x_MD))))

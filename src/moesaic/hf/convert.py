@@ -55,8 +55,9 @@ def sparsify(
         aux_coefficients: replace the recipe's coefficients, by name of the balance loss.
         balance: replaces the recipe's balance: names of :data:`moesaic.balance.TERMS`, each with its number, a loss's
             coefficient or a controller's rate, as in ``{"switch": 0.01, "z": 1e-3}``; ``{}`` for none.
-        **options: the recipe's options. ``init_std`` is the model's ``initializer_range`` and ``vocab_size`` its own
-            unless given; ``kernel`` is not saved with the model.
+        **options: the recipe's options. ``init_std`` is the model's ``initializer_range`` (routers that are published
+            to start otherwise have ``gate_init_std``) and ``vocab_size`` its own unless given; ``kernel`` is not saved
+            with the model.
     Returns:
         The same model.
     Raises:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from moesaic import recipes
-from moesaic.balance import BalanceTerm, LossTerm, named
+from moesaic.balance import BalanceTerm, BiasRule, LossTerm, named
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.hf.block import SparseBlock
 
@@ -96,9 +98,13 @@ class SparseSpec:
 
     def block(self, path: str, **unsaved: Any) -> SparseBlock:
         """Build the block of ``path`` with freshly drawn weights; ``unsaved`` are options beside its own."""
-        layer = self.layers[path]
+        numbers = self.layers[path]
+        layer = recipes.get(self.recipe).layer(numbers.width, hidden=numbers.hidden, **numbers.options, **unsaved)
+        for term in self.terms:
+            if isinstance(term, BiasRule):
+                term.prepare(cast(nn.Module, layer))
         return SparseBlock(
-            recipes.get(self.recipe).layer(layer.width, hidden=layer.hidden, **layer.options, **unsaved),
+            layer,
             terms=tuple(term for term in self.terms if isinstance(term, LossTerm)),
             rules=tuple(term for term in self.terms if not isinstance(term, LossTerm)),
         )

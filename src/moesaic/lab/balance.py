@@ -267,7 +267,7 @@ def _counted(routing: Routing, counts: str) -> Tensor:
     if counts == "rows":
         return routing.load_E.double()
     device_E = routing.extras["device_E"]
-    device_N = device_E[routing.expert_N]
-    if counts == "visits":
-        device_N = torch.stack([routing.token_N, device_N]).unique(dim=1)[1]
-    return torch.bincount(device_N, minlength=int(device_E.max()) + 1).double()
+    num_devices = int(device_E.max()) + 1
+    rows_TG = torch.zeros(routing.num_tokens, num_devices, dtype=torch.float64)
+    rows_TG.index_put_((routing.token_N, device_E[routing.expert_N]), torch.ones(()).double(), accumulate=True)
+    return (rows_TG.clamp_max(1) if counts == "visits" else rows_TG).sum(dim=0)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.core.errors import BackendError
 from moesaic.lab.small import (
@@ -104,6 +104,7 @@ def build_classifier(name: str, setup: Setup) -> PreTrainedModel:
 
     from moesaic.hf import sparsify
 
+    sizes: dict[str, Any] = {"num_labels": NUM_CLASSES}
     config = ViTConfig(
         hidden_size=setup.width,
         num_hidden_layers=setup.layers,
@@ -116,7 +117,7 @@ def build_classifier(name: str, setup: Setup) -> PreTrainedModel:
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         num_channels=1,
-        num_labels=NUM_CLASSES,
+        **sizes,
     )
     model = ViTForImageClassification(config)
     if name == TWIN:
@@ -127,7 +128,7 @@ def build_classifier(name: str, setup: Setup) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def accuracy(model: PreTrainedModel, held_out: Sequence[dict[str, Tensor]]) -> float:
+def accuracy(model: nn.Module, held_out: Sequence[dict[str, Tensor]]) -> float:
     """Share of images that the model tells rightly, read in batches of 64 as in training."""
     model.eval()
     right = 0

@@ -105,6 +105,10 @@ def _adapted(result: Gallery) -> Iterator[str]:
         f"those {2 * steps} steps too, with all of its weights: what low-rank experts save is not seen here.",
         "",
     )
+    if "mole" in result.names("adapted"):
+        yield "`mole` is published for LoRAs that were trained one by one. There are none here: its own are drawn at"
+        yield "random and trained together with its gate."
+        yield ""
     dense = [
         (f"{DENSE_TWIN}, {steps} steps", result.of("text", TWIN)),
         (f"{DENSE_TWIN}, trained on", result.of("adapted", TWIN)),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.lab.small import Setup
 from moesaic.lab.text import bits_per_byte, build, material_of, trained
@@ -153,14 +153,15 @@ def changed_choices(model: PreTrainedModel, setup: Setup) -> float:
     return changed / total
 
 
-def _routers(model: PreTrainedModel) -> list[Any]:
+def _routers(model: nn.Module) -> list[Any]:
     from moesaic.hf import moe_layers
 
-    return [layer.router for layer in moe_layers(model).values()]
+    layers: Iterable[Any] = moe_layers(model).values()
+    return [layer.router for layer in layers]
 
 
 @torch.no_grad()
-def _router_inputs(model: PreTrainedModel, setup: Setup) -> list[tuple[Any, Tensor]]:
+def _router_inputs(model: nn.Module, setup: Setup) -> list[tuple[Any, Tensor]]:
     """What each router reads on a few blocks of text, in evaluation."""
     from moesaic.train.order import collate
 

@@ -216,7 +216,7 @@ def fit(
     times = StepTimes()
     with quiet_transformers(), TemporaryDirectory() as folder:
         args = training_arguments(train_config(seed, setup, Path(folder)), Path(folder))
-        args.save_strategy = args.eval_strategy = args.logging_strategy = "no"  # type: ignore[assignment]
+        args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
         args.data_seed = data_seed
         trainer = MoeTrainer(
             model=model,

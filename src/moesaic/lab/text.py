@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from moesaic.lab.small import (
     TWIN,
@@ -19,6 +21,7 @@ from moesaic.lab.small import (
     options_of,
     train_config,
 )
+from moesaic.lora import MoLE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +70,9 @@ def run_adapted(name: str, seed: int, setup: Setup) -> Outcome:
     model, _ = trained(TWIN, seed, setup)
     if name != TWIN:
         model = sparsify(model, name, **options_of(name, setup))
-        own = {id(part) for layer in moe_layers(model).values() for part in layer.parameters()}
+        layers = cast(Iterable[nn.Module], moe_layers(model).values())
+        _draw_composed(model)
+        own = {id(parameter) for layer in layers for parameter in layer.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
@@ -83,6 +88,15 @@ def run_adapted(name: str, seed: int, setup: Setup) -> Outcome:
         options={} if name == TWIN else changed_options(name, setup),
         **measured(model, lambda: bits_per_byte(model, setup), setup),
     )
+
+
+def _draw_composed(model: nn.Module) -> None:
+    """MoLE composes LoRAs that were trained before; there are none here, and from zeros no gradient would reach any."""
+    for layer in model.modules():
+        if isinstance(layer, MoLE):
+            for low_rank in (layer.experts.gate, layer.experts.up, layer.experts.down):
+                largest = 1 / math.sqrt(low_rank.out_ERF.shape[1])
+                nn.init.uniform_(low_rank.out_ERF, -largest, largest)
 
 
 def trained(

@@ -6,7 +6,7 @@ from moesaic.core.init import normal, orthogonal
 from moesaic.experts import ResidualStack, SequentialExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
-from moesaic.recipes.recipe import Recipe, drawn, one_choice
+from moesaic.recipes.recipe import Recipe, gate_drawn, one_choice
 from moesaic.routers import BalancedAssignmentRouter
 
 
@@ -20,6 +20,7 @@ def base_layer(
     assign_tokens: int = 1024,
     activation: str = "relu",
     init_std: float | None = None,
+    gate_init_std: float | None = None,
 ) -> MoELayer:
     """Deal tokens out evenly in training, take each token's best expert in evaluation; weigh by a sigmoid.
 
@@ -31,11 +32,12 @@ def base_layer(
         sublayers: residual feed-forward sublayers that make up an expert.
         assign_tokens: most tokens dealt out in one go; the paper's workers each deal out their own.
         activation: of the experts.
-        init_std: None draws as published: expert centroids at right angles and of length 0.1, experts that add
-            nothing but their bias.
+        init_std: of the experts' first matrices and biases; None draws them as ``nn.Linear`` does. Second matrices
+            start at 0, so that a fresh expert adds nothing but its bias.
+        gate_init_std: of the expert centroids; None draws them at right angles and of length 0.1.
     """
     one_choice("base", top_k)
-    centroids = drawn(init_std, orthogonal(0.1))
+    centroids = gate_drawn(gate_init_std, orthogonal(0.1))
     router = BalancedAssignmentRouter(width, num_experts, assign_tokens=assign_tokens, init=centroids)
     act = activation_named(activation)
     init = None if init_std is None else normal(init_std)
@@ -60,7 +62,8 @@ y_t = sigmoid(a[t, A_t]) * (F_{A_t}(h_t) - h_t)""",
         "sublayers": "authors' code (fairseq), --base-sublayers 1; the paper's experts stack up to 10",
         "assign_tokens": "the paper's workers solve for their own tokens; 1024 are solved in 0.05 s",
         "activation": "authors' code (fairseq)",
-        "init_std": "authors' code (fairseq): centroids orthogonal with gain 0.1, W2 zero",
+        "init_std": "authors' code (fairseq): W2 zero, the rest as torch draws it",
+        "gate_init_std": "authors' code (fairseq): orthogonal with gain 0.1",
     },
     differences=(
         "The authors' code returns alpha F(h) + (1 - alpha) h; this leaves h out, since the block around the layer "

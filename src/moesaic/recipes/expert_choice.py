@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+from moesaic.core.errors import ConfigError
 from moesaic.core.init import normal
 from moesaic.experts import MLPExperts
 from moesaic.kernels.activations import activation as activation_named
@@ -18,6 +19,7 @@ def expert_choice_layer(
     hidden: int,
     num_experts: int = 64,
     top_k: int = 2,
+    capacity_factor: float | None = None,
     cap: int | None = None,
     group: str = "batch",
     activation: str = "gelu",
@@ -31,6 +33,7 @@ def expert_choice_layer(
         hidden: F.
         num_experts: E.
         top_k: experts per token on average, the paper's capacity factor c.
+        capacity_factor: c in place of ``top_k``, where it is no whole number; None for ``top_k``.
         cap: at most this many experts for one token (EC-CAP); None for no limit.
         group: "batch" or "sequence", the tokens that an expert chooses among.
         activation: of the experts.
@@ -39,7 +42,13 @@ def expert_choice_layer(
     """
     init = drawn(init_std, normal(0.02))
     among = cast(Literal["batch", "sequence"], group)  # the router refuses anything else
-    router = ExpertChoiceRouter(width, num_experts, top_k=top_k, cap=cap, group=among, init=init)
+    if capacity_factor is not None and not 0 < capacity_factor <= num_experts:
+        raise ConfigError(
+            f"capacity_factor must be above 0 and at most num_experts={num_experts}, got {capacity_factor}. "
+            "The paper has 0.5, 1 and 2."
+        )
+    average = top_k if capacity_factor is None else capacity_factor
+    router = ExpertChoiceRouter(width, num_experts, top_k=average, cap=cap, group=among, init=init)
     act = activation_named(activation)
     experts = MLPExperts(num_experts, width, hidden, activation=act, kernel=kernel, init=init)
     return MoELayer(router, experts)
@@ -62,6 +71,7 @@ y_t = sum_{e: t in S_e} p_te FFN_e(x_t)""",
     sources={
         "num_experts": "table 1, 8B/64E",
         "top_k": "EC-CF2, the paper's default",
+        "capacity_factor": "section 3.2, c; 0.5 (EC-CF0.5) in the ablations",
         "cap": "section 3.3; EC-CF2 has none",
         "group": "section 3.2",
         "activation": "section 3.4",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from moesaic.balance import LossTerm, switch_loss
-from moesaic.core.init import normal
+from moesaic.core.init import normal, zeros
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
-from moesaic.recipes.recipe import Recipe, drawn
+from moesaic.recipes.recipe import Recipe, drawn, gate_drawn
 from moesaic.routers import TopKRouter
 
 
@@ -19,6 +19,7 @@ def grok_1_layer(
     top_k: int = 2,
     activation: str = "gelu_tanh",
     init_std: float | None = None,
+    gate_init_std: float | None = None,
     kernel: str = "auto",
 ) -> MoELayer:
     """Raw softmax scores as weights, GELU-gated experts, dropless.
@@ -29,11 +30,11 @@ def grok_1_layer(
         num_experts: E.
         top_k: K.
         activation: of the experts' gates.
-        init_std: None draws the experts with 0.02 and starts the router at zero, where every expert ties and the
-            first ones are chosen; a number draws both.
+        init_std: of the experts, 0.02 unless given.
+        gate_init_std: of the router; None starts it at zero, where every expert ties and the first ones are chosen.
         kernel: of the experts.
     """
-    router = TopKRouter(width, num_experts, top_k=top_k, normalize="scores", init=drawn(init_std, normal(0.0)))
+    router = TopKRouter(width, num_experts, top_k=top_k, normalize="scores", init=gate_drawn(gate_init_std, zeros))
     experts = GatedExperts(
         num_experts,
         width,
@@ -59,7 +60,8 @@ loss = 0.01 * E * sum_e f_e P_e over all K choices, per layer""",
         "num_experts": "released code, run.py",
         "top_k": "released code, run.py",
         "activation": "released code, model.py: jax.nn.gelu is the tanh form",
-        "init_std": "released code, model.py, for the router; experts not published",
+        "init_std": "not published",
+        "gate_init_std": "released code, model.py",
     },
     differences=(
         "Only code for inference was released: the loss, its coefficient and the experts' first weights are not "

@@ -8,7 +8,7 @@ from moesaic.core.init import scaled_by_fan_in, zeros
 from moesaic.experts import MLPExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
-from moesaic.recipes.recipe import Recipe, drawn
+from moesaic.recipes.recipe import Recipe, drawn, gate_drawn
 from moesaic.routers import HierarchicalRouter
 
 
@@ -22,6 +22,7 @@ def hierarchical_2017_layer(
     noise_epsilon: float = 0.0,
     activation: str = "relu",
     init_std: float | None = None,
+    gate_init_std: float | None = None,
     kernel: str = "auto",
 ) -> MoELayer:
     """Two levels of noisy gates whose weights multiply; plain ReLU experts, none of them ever full.
@@ -37,7 +38,9 @@ def hierarchical_2017_layer(
             as it can be divided.
         noise_epsilon: least standard deviation of the noise; 0.01 in the authors' tensor2tensor.
         activation: of the experts.
-        init_std: None starts all gates at 0 and draws experts with variance 1 / fan-in.
+        init_std: of the experts; None draws them with variance 1 / fan-in.
+        gate_init_std: of the gates and of the maps to the noise's width; None starts them at 0, so that noise alone
+            decides at first.
         kernel: of the experts.
     """
     if num_groups is None:
@@ -47,7 +50,7 @@ def hierarchical_2017_layer(
             f"num_groups must divide num_experts={num_experts}, got {num_groups}. "
             "Change one so that every group holds as many experts."
         )
-    gate, init = drawn(init_std, zeros), drawn(init_std, scaled_by_fan_in())
+    gate, init = gate_drawn(gate_init_std, zeros), drawn(init_std, scaled_by_fan_in())
     router = HierarchicalRouter(
         width,
         num_groups,
@@ -88,7 +91,8 @@ loss = 0.1 * CV(importance)^2 + 0.1 * CV(load)^2""",
         "num_groups": "appendix C.1, first-level branching factor 16",
         "noise_epsilon": "equation 4; 0.01 in tensor2tensor, expert_utils.noisy_top_k_gating",
         "activation": "appendix C.1",
-        "init_std": "appendix A for the gates; the paper does not say how experts start",
+        "init_std": "the paper does not say",
+        "gate_init_std": "appendix A",
     },
     differences=(
         "As for shazeer-2017. top_k counts choices at each level, so that a token visits its square. The noise of "

@@ -9,7 +9,7 @@ from moesaic.core.init import normal, zeros
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
-from moesaic.recipes.recipe import Recipe, drawn
+from moesaic.recipes.recipe import Recipe, drawn, gate_drawn
 from moesaic.routers import NoisyTopKRouter
 
 
@@ -24,6 +24,7 @@ def llama_moe_layer(
     noise_epsilon: float = 0.01,
     activation: str = "silu",
     init_std: float | None = None,
+    gate_init_std: float | None = None,
     kernel: str = "auto",
 ) -> MoELayer:
     """Noisy top-k with a small gate network, SwiGLU experts that are slices of a dense one, weights scaled up.
@@ -37,8 +38,9 @@ def llama_moe_layer(
         gate_network: "mlp" or "linear".
         noise_epsilon: least standard deviation of the noise.
         activation: of the experts' gates.
-        init_std: None draws gate and experts (which conversion replaces) with 0.02 and starts the noise at 0; a
-            number draws all of them.
+        init_std: of gate and experts (which conversion replaces), 0.02 unless given.
+        gate_init_std: of the gate and of the map to the noise's width; None draws the gate as the experts and starts
+            the noise's map at 0.
         kernel: of the experts.
     """
     init = drawn(init_std, normal(0.02))
@@ -49,8 +51,8 @@ def llama_moe_layer(
         noise_epsilon=noise_epsilon,
         gate=cast("Literal['linear', 'mlp']", gate_network),
         scale=num_experts / top_k if scale is None else scale,
-        init=init,
-        noise_init=drawn(init_std, zeros),
+        init=gate_drawn(gate_init_std, init),
+        noise_init=gate_drawn(gate_init_std, zeros),
     )
     act = activation_named(activation)
     return MoELayer(router, GatedExperts(num_experts, width, hidden, activation=act, kernel=kernel, init=init))
@@ -74,7 +76,8 @@ loss = 0.01 * CV(sum_x w)^2 + 0.01 * CV(sum_x P(x))^2""",
         "gate_network": "authors' code, gate_network",
         "noise_epsilon": "authors' code, gate_noise_epsilon",
         "activation": "LLaMA",
-        "init_std": "authors' code, initializer_range; zeros for the noise",
+        "init_std": "authors' code, initializer_range",
+        "gate_init_std": "authors' code: initializer_range for the gate, zeros for the noise",
     },
     differences=(
         "The authors' code asks whether the noise alone, not the noisy logit, is above the threshold when it estimates "

@@ -31,7 +31,8 @@ def mole_layer(
         rank: of each, as it was trained.
         alpha: each is scaled by ``alpha / rank``, as it was trained.
         train_base: let the network train too.
-        train_experts: let the LoRAs train too. They start at 0: load trained ones, or set this.
+        train_experts: let the LoRAs train too. Load them first: their second factors start at 0, and as each expert is
+            a network of its LoRA's matrices alone, no gradient reaches any of them from there.
         activation: of the networks' gates.
         init_std: of the network, the gate and the LoRAs' first factors; None for 0.02 and Kaiming's uniform.
     """

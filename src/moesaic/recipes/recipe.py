@@ -154,6 +154,19 @@ def drawn(init_std: float | None, published: Init) -> Init:
     return published if init_std is None else normal(init_std)
 
 
+def gate_drawn(gate_init_std: float | None, published: Init) -> Init:
+    """How a recipe whose router has a start of its own draws it: as published, or from a normal of this width.
+
+    Raises:
+        ConfigError: if the width is negative.
+    """
+    if gate_init_std is not None and gate_init_std < 0:
+        raise ConfigError(
+            f"gate_init_std must be at least 0, got {gate_init_std}. Leave it out for the published start."
+        )
+    return drawn(gate_init_std, published)
+
+
 def one_choice(name: str, top_k: int) -> None:
     """Refuse more than one expert per token where the design has one.
 

@@ -7,7 +7,7 @@ from moesaic.core.init import scaled_by_fan_in, zeros
 from moesaic.experts import MLPExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
-from moesaic.recipes.recipe import Recipe, drawn
+from moesaic.recipes.recipe import Recipe, drawn, gate_drawn
 from moesaic.routers import NoisyTopKRouter
 
 
@@ -20,6 +20,7 @@ def shazeer_2017_layer(
     noise_epsilon: float = 0.0,
     activation: str = "relu",
     init_std: float | None = None,
+    gate_init_std: float | None = None,
     kernel: str = "auto",
 ) -> MoELayer:
     """Noisy logits, the K best, a softmax over those; plain ReLU experts, none of them ever full.
@@ -31,10 +32,12 @@ def shazeer_2017_layer(
         top_k: K.
         noise_epsilon: least standard deviation of the noise; 0.01 in the authors' tensor2tensor.
         activation: of the experts.
-        init_std: None starts both gates at 0 and draws experts with variance 1 / fan-in.
+        init_std: of the experts; None draws them with variance 1 / fan-in.
+        gate_init_std: of the gates and of the maps to the noise's width; None starts them at 0, so that noise alone
+            decides at first.
         kernel: of the experts.
     """
-    gate, init = drawn(init_std, zeros), drawn(init_std, scaled_by_fan_in())
+    gate, init = gate_drawn(gate_init_std, zeros), drawn(init_std, scaled_by_fan_in())
     router = NoisyTopKRouter(width, num_experts, top_k=top_k, noise_epsilon=noise_epsilon, init=gate, noise_init=gate)
     experts = MLPExperts(num_experts, width, hidden, activation=activation_named(activation), kernel=kernel, init=init)
     return MoELayer(router, experts)
@@ -56,7 +59,8 @@ loss = 0.1 * CV(sum_x w)^2 + 0.1 * CV(sum_x P(x))^2""",
         "top_k": "appendix C.1",
         "noise_epsilon": "equation 4; 0.01 in tensor2tensor, expert_utils.noisy_top_k_gating",
         "activation": "appendix C.1",
-        "init_std": "appendix A for the gates; the paper does not say how experts start",
+        "init_std": "the paper does not say",
+        "gate_init_std": "appendix A",
     },
     differences=(
         "tensor2tensor adds 0.01 to the noise's width, and 1e-10 to the squared mean under the variance; this follows "

@@ -36,7 +36,8 @@ class TopKRouter(LinearRouter):
         jitter: see :class:`~moesaic.routers.LinearRouter`.
         groups: restricts each token to its best groups of experts, and says which device each lives on.
         selection_bias: keep a float32 ``bias_E`` that is added to the scores for selection only, never to the weights
-            (DeepSeek-V3 eq. 16). A :class:`~moesaic.balance.BiasController` moves it; gradients do not.
+            (DeepSeek-V3 eq. 16). A :class:`~moesaic.balance.BiasController` moves it; gradients do not. A router built
+            without one can be given it later: :meth:`add_selection_bias`.
         logit_bias: see :class:`~moesaic.routers.LinearRouter`.
         init: draws the initial weights.
     Shape:
@@ -87,12 +88,25 @@ class TopKRouter(LinearRouter):
         self.normalize = normalize
         self.scale = scale
         self.groups = groups
-        self.register_exact("bias_E", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None)
+        self.register_exact("bias_E", None)
+        if selection_bias:
+            self.add_selection_bias()
 
     @property
     def experts_per_token(self) -> float:
         """K."""
         return float(self.top_k)
+
+    def add_selection_bias(self) -> None:
+        """Keep a float32 ``bias_E`` from now on, of zeros, where the weight is; nothing if there is one already.
+
+        Before weights are loaded and before the router is wrapped for training: the bias is part of its state. From
+        then on experts are chosen by score plus bias and no longer by their logits, which is the same choice while
+        the bias is 0, unless scores round together.
+        """
+        if self.bias_E is None:
+            zeros_E = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+            self.register_exact("bias_E", zeros_E)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""

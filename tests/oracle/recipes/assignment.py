@@ -202,7 +202,8 @@ def expert_choice(case: Case, weights: Weights, options: dict[str, Any]) -> Answ
         tokens = [t for t in case.tokens if group is None or case.sequences[t] == group]
         if not tokens:
             continue
-        take = min(len(tokens), max(1, len(tokens) * options["top_k"] // num_experts))
+        share = options.get("capacity_factor") or options["top_k"]
+        take = min(len(tokens), max(1, math.floor(len(tokens) * share / num_experts)))
         wanted = [[value.item() for value in table.scores[t]] for t in tokens]
         if options.get("cap") is not None:
             wanted = capped(wanted, take, options["cap"])
