@@ -7,7 +7,7 @@ import torch
 
 from moesaic import ConfigError, recipes
 from moesaic.balance import TERMS, BiasRule, LossTerm, check, named
-from moesaic.routers import TopKRouter
+from moesaic.routers import TokenChoiceRouter
 from tests.laws.settings import WIDTH, context_for, plain, tokens
 
 # What an implementation reads only in its own company, and what the router must be able to do.
@@ -73,7 +73,7 @@ def test_every_term_trains_the_router_of_every_recipe_or_is_refused_with_the_rea
         refusal = refusal_of([term, *named(COMPANY.get(name, {}))], layer)
         assert getattr(getattr(layer, "router", None), "bias_E", None) is None or recipe == "deepseek-v3"
         if name == "bias":
-            assert (refusal is None) == isinstance(getattr(layer, "router", None), TopKRouter)
+            assert (refusal is None) == isinstance(getattr(layer, "router", None), TokenChoiceRouter)
         if refusal is not None:
             assert any(reason in refusal for reason in REASONS), (name, refusal)
         elif isinstance(term, LossTerm):

@@ -8,11 +8,13 @@ from moesaic import ConfigError, recipes
 from moesaic.hf import controllers, sparsify
 from moesaic.hf.layers import is_sparse
 from moesaic.hf.register import register
-from moesaic.routers import TopKRouter
+from moesaic.routers import TokenChoiceRouter
 from tests.hf.tiny import OPTIONS, assert_equal_tensors, batch, build
 from tests.laws.settings import plain
 
-WITH_BIAS = [name for name in recipes.names() if isinstance(getattr(plain(name).layer(), "router", None), TopKRouter)]
+WITH_BIAS = [
+    name for name in recipes.names() if isinstance(getattr(plain(name).layer(), "router", None), TokenChoiceRouter)
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

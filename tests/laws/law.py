@@ -9,6 +9,7 @@ import pytest
 from moesaic import MoELayer, recipes
 from moesaic.dispatch import Sort
 from moesaic.recipes import Recipe
+from moesaic.routers import TokenChoiceRouter
 from tests.laws.settings import Setting, plain
 
 LAWS = {
@@ -48,6 +49,10 @@ def _table(recipe: Recipe) -> bool:
     return isinstance(plain(recipe.name).layer(), MoELayer)
 
 
+def _takes_a_bias(recipe: Recipe) -> bool:
+    return isinstance(getattr(plain(recipe.name).layer(), "router", None), TokenChoiceRouter)
+
+
 def _drops(recipe: Recipe) -> bool:
     layer = plain(recipe.name).layer()
     return isinstance(layer, MoELayer) and not isinstance(layer.dispatch, Sort)
@@ -60,7 +65,7 @@ def why_not(law: int, recipe: Recipe) -> str:
     no_loss = "it has no balance loss"
     reasons: dict[int, Callable[[], str]] = {
         1: lambda: "" if _table(recipe) else no_table,
-        4: lambda: "" if getattr(getattr(layer, "router", None), "bias_E", None) is not None else "it has no such bias",
+        4: lambda: "" if _takes_a_bias(recipe) else "no bias can steer its choice",
         7: lambda: "" if recipe.losses else no_loss,
         9: lambda: "" if recipe.losses else no_loss,
         10: lambda: "its capacity is a rule about one batch" if _drops(recipe) else "",

@@ -118,6 +118,7 @@ def test_evaluation_is_deterministic_and_draws_no_random_number(setting):
 @every_recipe(4)
 def test_a_selection_bias_moves_choices_and_never_weights(setting):
     layer, x_TD, context = setting.layer().eval(), tokens(T), context_for(T, setting)
+    layer.router.add_selection_bias()
     favoured = list(range(setting.top_k))
     dense = []
     for lift in (torch.full((setting.top_k,), 50.0), torch.linspace(90.0, 60.0, setting.top_k)):

@@ -24,6 +24,7 @@ from moesaic.routers.scores import Score, sigmoid, softmax
 from moesaic.routers.select import select_top_k
 from moesaic.routers.sinkhorn import SinkhornRouter
 from moesaic.routers.table import DomainHashRouter, HashRouter
+from moesaic.routers.token_choice import TokenChoiceRouter
 from moesaic.routers.top_k import TopKRouter
 from moesaic.routers.top_p import TopPRouter
 
@@ -52,6 +53,7 @@ __all__ = [
     "SampledTopKRouter",
     "Score",
     "SinkhornRouter",
+    "TokenChoiceRouter",
     "TopKRouter",
     "TopPRouter",
     "balanced_table",

@@ -16,7 +16,7 @@ from moesaic.core.routing import Routing
 from moesaic.routers.dense import best_above
 from moesaic.routers.linear import LinearRouter
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

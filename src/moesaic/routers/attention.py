@@ -8,13 +8,11 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
-from moesaic.routers.linear import LinearRouter
 from moesaic.routers.scores import softmax
-from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 
-class AttentionRouter(LinearRouter):
+class AttentionRouter(TokenChoiceRouter):
     """Give each expert a query, a key and a value, all numbers: ``P = softmax(q k^T) v``; keep the K largest.
 
     ``q k^T`` is an outer product of two vectors over experts, without scaling; its softmax goes over keys. Weights are
@@ -42,18 +40,12 @@ class AttentionRouter(LinearRouter):
                 "top_k=1 needs weights that depend on the router, got a softmax over the one chosen expert, which is "
                 "1 and cuts the router's gradient. Use top_k=2."
             )
-        super().__init__(width, 3 * num_experts, init=init)
-        self.top_k = top_k
+        super().__init__(width, 3 * num_experts, top_k=top_k, init=init)
 
     @property
     def num_experts(self) -> int:
         """Experts to choose from."""
         return self.weight.shape[0] // 3
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""
@@ -61,6 +53,7 @@ class AttentionRouter(LinearRouter):
         # No matrix product: autocast would round it to bfloat16.
         attention_TEE = (query_TE[:, :, None] * key_TE[:, None, :]).softmax(dim=-1)
         logits_TE = (attention_TEE * value_TE[:, None, :]).sum(dim=-1)
-        expert_TK = select_top_k(logits_TE.detach(), self.top_k)
+        scores_TE = softmax.of(logits_TE)
+        expert_TK = self.choose(logits_TE, scores_TE)
         weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
-        return Routing.from_choices(expert_TK, weight_TK, logits_TE, softmax.of(logits_TE), valid_T)
+        return Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)

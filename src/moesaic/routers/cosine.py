@@ -10,16 +10,14 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, normal
 from moesaic.core.routing import Routing
-from moesaic.routers.linear import LinearRouter
 from moesaic.routers.scores import Score, softmax
-from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 SHORTEST = 1e-4
 """Shorter vectors are not stretched to length 1: the gradient of a vanishing token must stay bounded."""
 
 
-class CosineRouter(LinearRouter):
+class CosineRouter(TokenChoiceRouter):
     """Project tokens to a few dimensions, score experts by the cosine with their embeddings over a temperature.
 
     ``weight`` is the projection (R, D), ``embedding_ER`` the experts' directions, ``log_temperature`` the logarithm
@@ -57,8 +55,7 @@ class CosineRouter(LinearRouter):
             raise ConfigError(f"inner_width must be at least 1, got {inner_width}. X-MoE uses num_experts / 2.")
         if temperature <= 0:
             raise ConfigError(f"temperature must be positive, got {temperature}. X-MoE starts at 0.3.")
-        super().__init__(width, inner_width, init=init)
-        self.top_k = top_k
+        super().__init__(width, inner_width, top_k=top_k, init=init)
         self.score = score
         self.embedding_ER = nn.Parameter(torch.empty(num_experts, inner_width))
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
@@ -69,11 +66,6 @@ class CosineRouter(LinearRouter):
         """Experts to choose from."""
         return self.embedding_ER.shape[0]
 
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens; its logits are the cosines over the temperature."""
         token_TR = self.logits(x_TD)
@@ -83,5 +75,5 @@ class CosineRouter(LinearRouter):
             expert_ER = F.normalize(self.embedding_ER.to(dtype), dim=-1, eps=SHORTEST)
             logits_TE = F.linear(token_TR, expert_ER) * self.log_temperature.to(dtype).neg().exp()
         scores_TE = self.score.of(logits_TE)
-        expert_TK = select_top_k(logits_TE.detach(), self.top_k)
+        expert_TK = self.choose(logits_TE, scores_TE)
         return Routing.from_choices(expert_TK, scores_TE.gather(1, expert_TK), logits_TE, scores_TE, valid_T)

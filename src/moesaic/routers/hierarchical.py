@@ -13,7 +13,7 @@ from moesaic.core.routing import Routing, checked_mask
 from moesaic.routers.linear import LinearRouter, widened
 from moesaic.routers.noisy import check_noisy, kept_probability, noise, spread
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 class HierarchicalRouter(LinearRouter):

@@ -15,7 +15,7 @@ from moesaic.core.init import Init, zeros
 from moesaic.core.routing import Routing
 from moesaic.routers.linear import LinearRouter, widened
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 class NoisyTopKRouter(LinearRouter):

@@ -9,12 +9,10 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
-from moesaic.routers.linear import LinearRouter
-from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 
-class NormalizedRouter(LinearRouter):
+class NormalizedRouter(TokenChoiceRouter):
     """Keep the K best experts of ``softmax(scale * (z - mean) / std)``, where mean and std are over a token's experts.
 
     The gate does not see how large the logits are, only how they lie to each other. Weights add up to 1.
@@ -62,24 +60,19 @@ class NormalizedRouter(LinearRouter):
         for name, value, usual in (("scale", scale, 1.0), ("eps", eps, 1e-6)):
             if value <= 0:
                 raise ConfigError(f"{name} must be positive, got {value}. Leave it at {usual} if unsure.")
-        super().__init__(width, num_experts, logit_bias=logit_bias, init=init)
-        self.top_k = top_k
+        super().__init__(width, num_experts, top_k=top_k, logit_bias=logit_bias, init=init)
         self.scale = scale
         self.eps = eps
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""
         logits_TE = self.logits(x_TD)
         normalized_TE = self.scale * normalized(logits_TE, self.eps)
+        scores_TE = normalized_TE.softmax(dim=-1)
         # The logits order experts as their normalised form does, and stay apart where that rounds them together.
-        expert_TK = select_top_k(logits_TE.detach(), self.top_k)
+        expert_TK = self.choose(logits_TE, scores_TE)
         weight_TK = normalized_TE.gather(1, expert_TK).softmax(dim=-1)
-        return Routing.from_choices(expert_TK, weight_TK, logits_TE, normalized_TE.softmax(dim=-1), valid_T)
+        return Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
 
 
 def normalized(logits_TE: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from moesaic.routers.annealed import exponential_like
 from moesaic.routers.linear import LinearRouter
 from moesaic.routers.scores import softmax
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 class PolicyRouter(LinearRouter):

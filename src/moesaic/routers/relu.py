@@ -8,7 +8,7 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
 from moesaic.routers.linear import LinearRouter
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 class ReLURouter(LinearRouter):

@@ -13,12 +13,11 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.init import Init, normal
 from moesaic.core.routing import Routing
-from moesaic.routers.linear import LinearRouter, widened
-from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.linear import widened
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 
-class ResidualRouter(LinearRouter):
+class ResidualRouter(TokenChoiceRouter):
     """Top-K of a softmax of ``W x + W_below logits_of_the_layer_below``, for experts of two kinds.
 
     The weights are the probabilities as they are. The last ``num_special`` experts compute next to nothing; losses and
@@ -67,9 +66,8 @@ class ResidualRouter(LinearRouter):
             raise ConfigError(f"tau must be above 0 and at most 1, got {tau}. MoE++ uses 0.75.")
         if net not in ("linear", "tanh"):
             raise ConfigError(f"net must be 'linear' or 'tanh', got {net!r}. The paper has 'linear'.")
-        super().__init__(width if net == "linear" else 8 * num_experts, num_experts, init=init)
+        super().__init__(width if net == "linear" else 8 * num_experts, num_experts, top_k=top_k, init=init)
         draw = init or normal(0.02)
-        self.top_k = top_k
         self.num_special = num_special
         self.tau = tau
         self.inner_weight = nn.Parameter(torch.empty(8 * num_experts, width)) if net == "tanh" else None
@@ -77,11 +75,6 @@ class ResidualRouter(LinearRouter):
         if self.inner_weight is not None:
             draw(self.inner_weight, width)
         draw(self.below_weight, num_experts)
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """``W x``, or ``W_out tanh(W_in x)``, in float32 or wider; without the residual."""
@@ -96,7 +89,7 @@ class ResidualRouter(LinearRouter):
         """Write the table for one batch of tokens."""
         logits_TE = self._with_residual(self.logits(x_TD), context.below_TE)
         scores_TE = logits_TE.softmax(dim=-1)
-        expert_TK = select_top_k(logits_TE.detach(), self.top_k)
+        expert_TK = self.choose(logits_TE, scores_TE)
         weight_TK = scores_TE.gather(1, expert_TK)
         routing = Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
         eta_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)

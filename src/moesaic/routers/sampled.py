@@ -9,12 +9,10 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
-from moesaic.routers.linear import LinearRouter
-from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 
-class SampledTopKRouter(LinearRouter):
+class SampledTopKRouter(TokenChoiceRouter):
     """Keep the K best experts; in training use each but the first only with probability ``min(1, weight / threshold)``.
 
     Weights are the softmax over the K best, whichever of them are then used or dropped: a token that loses its second
@@ -48,19 +46,14 @@ class SampledTopKRouter(LinearRouter):
             )
         if threshold < 0:
             raise ConfigError(f"threshold must be at least 0, got {threshold}. GShard uses 0.5, ST-MoE 0.2.")
-        super().__init__(width, num_experts, init=init)
-        self.top_k = top_k
+        super().__init__(width, num_experts, top_k=top_k, init=init)
         self.threshold = threshold
-
-    @property
-    def experts_per_token(self) -> float:
-        """K; in training fewer, by chance."""
-        return float(self.top_k)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""
         logits_TE = self.logits(x_TD)
-        expert_TK = select_top_k(logits_TE.detach(), self.top_k)
+        scores_TE = logits_TE.softmax(dim=-1)
+        expert_TK = self.choose(logits_TE, scores_TE)
         weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         used_TK = torch.ones_like(weight_TK, dtype=torch.bool)
         if self.training:
@@ -69,4 +62,4 @@ class SampledTopKRouter(LinearRouter):
             used_TK[:, 1:] = weight_TK[:, 1:] >= self.threshold * drawn
         chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, expert_TK, used_TK)
         weight_TE = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK)
-        return Routing.from_mask(chosen_TE, weight_TE, logits_TE, logits_TE.softmax(dim=-1), valid_T)
+        return Routing.from_mask(chosen_TE, weight_TE, logits_TE, scores_TE, valid_T)

@@ -10,7 +10,7 @@ from moesaic.core.init import Init
 from moesaic.core.routing import Routing, checked_mask
 from moesaic.routers.linear import LinearRouter
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 EPSILON = 1e-8  # keeps an expert that nobody wants from a division by 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from moesaic.core.context import NO_CONTEXT, Context
@@ -13,12 +12,12 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
 from moesaic.routers.groups import GroupLimit
-from moesaic.routers.linear import LinearRouter
 from moesaic.routers.scores import Score, softmax
 from moesaic.routers.select import select_top_k
+from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
 
-class TopKRouter(LinearRouter):
+class TopKRouter(TokenChoiceRouter):
     """Score every expert with one linear map, keep the K best per token.
 
     Covers Switch (K=1), Mixtral, OLMoE, Qwen-MoE, DeepSeekMoE to V3 and their kin: they differ in the numbers below.
@@ -46,8 +45,6 @@ class TopKRouter(LinearRouter):
         ConfigError: if ``top_k`` is not in ``1..num_experts``, ``normalize`` is none of these, or K=1 is combined with
             one that makes its weight a constant.
     """
-
-    bias_E: Tensor | None
 
     def __init__(
         self,
@@ -82,53 +79,35 @@ class TopKRouter(LinearRouter):
             )
         if groups is not None:
             groups.check(num_experts, top_k)
-        super().__init__(width, num_experts, jitter=jitter, logit_bias=logit_bias, init=init)
-        self.top_k = top_k
+        super().__init__(width, num_experts, top_k=top_k, jitter=jitter, logit_bias=logit_bias, init=init)
         self.score = score
         self.normalize = normalize
         self.scale = scale
         self.groups = groups
-        self.register_exact("bias_E", None)
         if selection_bias:
             self.add_selection_bias()
-
-    @property
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-    def add_selection_bias(self) -> None:
-        """Keep a float32 ``bias_E`` from now on, of zeros, where the weight is; nothing if there is one already.
-
-        Before weights are loaded and before the router is wrapped for training: the bias is part of its state. From
-        then on experts are chosen by score plus bias and no longer by their logits, which is the same choice while
-        the bias is 0, unless scores round together.
-        """
-        if self.bias_E is None:
-            zeros_E = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
-            self.register_exact("bias_E", zeros_E)
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
         """Write the table for one batch of tokens."""
         logits_TE = self.logits(x_TD)
         scores_TE = self.score.of(logits_TE)
-        expert_TK = self._select(logits_TE, scores_TE)
+        expert_TK = self.choose(logits_TE, scores_TE)
         weight_TK = self._weigh(logits_TE, scores_TE, expert_TK)
         routing = Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
         if self.groups is None:
             return routing
         return replace(routing, extras=self.groups.devices(self.num_experts, self.top_k, x_TD.device))
 
-    def _select(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
-        # Logits order experts, and groups by their best one, as softmax and sigmoid do, and stay apart where a score
-        # has underflowed or saturated. Sums with a bias or with each other need the scores.
-        by_order = self.bias_E is None and (self.groups is None or self.groups.best_per_group == 1)
+    def choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """The K chosen experts of each token, best first (T, K), within its best groups."""
+        if self.groups is None:
+            return super().choose(logits_TE, scores_TE)
+        # Groups are ordered by their best logit as by their best score. Sums with a bias or each other need scores.
+        by_order = self.bias_E is None and self.groups.best_per_group == 1
         by_TE = (logits_TE if by_order else scores_TE).detach()
         if self.bias_E is not None:
             by_TE = by_TE + self.bias_E.to(by_TE.dtype)
-        if self.groups is not None:
-            by_TE = self.groups.mask(by_TE)
-        return select_top_k(by_TE, self.top_k)
+        return select_top_k(self.groups.mask(by_TE), self.top_k)
 
     def _weigh(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
         if self.normalize == "scores":
@@ -139,15 +118,3 @@ class TopKRouter(LinearRouter):
             # softmax(log s) is s / sum(s), and stays right where every chosen s has underflowed.
             weight_TK = self.score.log_of(logits_TE).gather(1, expert_TK).softmax(dim=-1)
         return weight_TK * self.scale
-
-
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """Refuse more choices than there are experts, or none.
-
-    Raises:
-        ConfigError: if ``top_k`` is not in ``1..num_experts``.
-    """
-    if not 1 <= top_k <= num_experts:
-        raise ConfigError(
-            f"top_k must be between 1 and num_experts={num_experts}, got {top_k}. Lower top_k, or add experts."
-        )

@@ -14,7 +14,7 @@ from moesaic.core.routing import Routing
 from moesaic.routers.linear import LinearRouter
 from moesaic.routers.scores import softmax
 from moesaic.routers.select import select_top_k
-from moesaic.routers.top_k import check_top_k
+from moesaic.routers.token_choice import check_top_k
 
 
 class TopPRouter(LinearRouter):
