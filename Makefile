@@ -25,7 +25,7 @@ demo: env        ## train a small MoE beside its dense twin and write runs/demo/
 test: env        ## all tests
 	$(BIN)/python -m pytest -n auto
 
-test-fast: env   ## the tests that finish in about a minute
+test-fast: env   ## the tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 parity: $(PEERS)/.ready  ## compare with DeepSpeed and soft-moe-pytorch, installed apart in .venv-parity
