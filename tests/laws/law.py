@@ -60,7 +60,6 @@ def _drops(recipe: Recipe) -> bool:
 
 def why_not(law: int, recipe: Recipe) -> str:
     """Why a law has nothing to say about a recipe; empty where it has."""
-    layer = plain(recipe.name).layer()
     no_table = "its routing is not a table: there is nothing to dispatch"
     no_loss = "it has no balance loss"
     reasons: dict[int, Callable[[], str]] = {
