@@ -32,10 +32,12 @@ def test_every_recipe_names_itself_its_paper_and_what_is_its_own(name):
     recipe = recipes.get(name)
     assert recipe.name == name
     assert re.fullmatch(r"[a-z0-9.+-]+", name)
-    # "Who. What. When. Where": models that were released without a paper say where they were announced.
+    # "Who. What. When. Where": models that were released without a paper say where they were announced; before arXiv
+    # there were journals.
     who, _, what = recipe.citation.partition(". ")
     assert who
-    assert re.search(r" (19|20)\d\d\. arXiv:\d{4}\.\d{4,5}$| Blog, \w+ 20\d\d\.$| 20\d\d\. github\.com/\S+$", what)
+    where = r" (19|20)\d\d\. arXiv:\d{4}\.\d{4,5}$| Blog, \w+ 20\d\d\.$| 20\d\d\. github\.com/\S+$| \d+\(\d+\), 19\d\d$"
+    assert re.search(where, what)
     assert "  " not in recipe.citation
     assert 20 < len(recipe.summary) < 100
     assert not recipe.summary.endswith(".")

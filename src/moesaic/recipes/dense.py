@@ -39,23 +39,20 @@ DENSE = Recipe(
     name="dense",
     year=1991,
     summary="every token visits every expert, weighted by a softmax: where it all began, and the baseline",
-    citation=(
-        "Jacobs, Jordan, Nowlan, Hinton. Adaptive Mixtures of Local Experts. Neural Computation 3(1), 1991. Stacked as "
-        "layers: Eigen, Ranzato, Sutskever. Learning Factored Representations in a Deep Mixture of Experts. 2013. "
-        "arXiv:1312.4314"
-    ),
+    citation="Jacobs, Jordan, Nowlan, Hinton. Adaptive Mixtures of Local Experts. Neural Computation 3(1), 1991",
     router="all experts, weighted by a softmax",
     formula="""\
 p = softmax(W x);  y = sum_e p_e FFN_e(x)""",
     sources={
         "num_experts": "1991, vowel experiment: 4 and 8",
-        "activation": "2013, rectified hidden layers",
+        "activation": "Eigen et al. 2013, rectified hidden layers",
         "init_std": "ours",
     },
     differences=(
         "The 1991 paper trains with the likelihood of a mixture, in which each expert answers for itself; as a layer "
-        "inside a network the experts' outputs are blended first, which the paper calls cooperative (eq. 1). The "
-        "2013 paper holds back experts that are ahead early in training; that is left out."
+        "inside a network the experts' outputs are blended first, which the paper calls cooperative (eq. 1). "
+        "Eigen, Ranzato and Sutskever, who first stacked such layers (2013, arXiv:1312.4314), hold back experts that "
+        "are ahead early in training; that is left out."
     ),
     build=dense_layer,
 )
