@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moesaic import ConfigError, Context, MoELayer, Routing, balance, recipes
+from moesaic import ConfigError, Context, MoELayer, recipes
 from moesaic.telemetry.summary import RoutingSummary
 from tests.laws.balanced import VALUE_AT_BALANCE, balanced, loss_name
 from tests.laws.law import LAWS, NOT_FOR, every_recipe, why_not
@@ -50,7 +50,7 @@ def test_the_rows_that_a_loss_counts_are_the_rows_that_dispatch_gets(setting):
         plan = layer.train(training).dispatch(routing)
         dropped_E = torch.bincount(routing.expert_N[routing.valid_N & ~plan.kept_N], minlength=setting.num_experts)
         assert torch.equal(routing.load_E, plan.load_E + dropped_E)
-        assert torch.equal(routing.kept_N, plan.kept_N) or "random" in str(getattr(layer.dispatch, "drop", ""))
+        assert torch.equal(routing.kept_N, plan.kept_N)
 
 
 @every_recipe(2)
@@ -435,5 +435,3 @@ def test_every_loss_of_every_recipe_has_a_stated_value_at_balance():
     used = {loss_name(term) for name in recipes.names() for term in recipes.get(name).losses}
     assert used <= set(VALUE_AT_BALANCE)
     assert VALUE_AT_BALANCE["z_loss"](8, 2) == pytest.approx(math.log(8) ** 2)
-    assert balance.LossTerm is not None
-    assert isinstance(balanced(num_experts=8, top_k=2), Routing)
