@@ -28,7 +28,7 @@ from moesaic.soft import SoftMoE
 
 if TYPE_CHECKING:
     from moesaic import data, hf, telemetry
-    from moesaic.hf import record, sparsify
+    from moesaic.hf import adopt, record, sparsify
     from moesaic.lens import report
     from moesaic.telemetry import RoutingTrace
 
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 _LAZY_MODULES = ("data", "hf", "telemetry")
 _LAZY_NAMES = {
     "RoutingTrace": "moesaic.telemetry",
+    "adopt": "moesaic.hf",
     "record": "moesaic.hf",
     "report": "moesaic.lens",
     "sparsify": "moesaic.hf",
@@ -59,6 +60,7 @@ __all__ = [
     "RoutingTrace",
     "ShapeError",
     "SoftMoE",
+    "adopt",
     "balance",
     "data",
     "dispatch",

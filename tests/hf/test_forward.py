@@ -192,7 +192,8 @@ def test_observing_a_dense_model_is_refused():
     with pytest.raises(ConfigError) as error, observe(nn.Linear(2, 2), print):
         pass
     assert str(error.value) == (
-        "Linear has no MoE layers to look at. Give a model that moesaic.sparsify has converted."
+        "Linear has no MoE layers to look at. Give a model that moesaic.sparsify has converted, or a mixture of "
+        "transformers that moesaic.adopt has adopted."
     )
 
 

@@ -9,7 +9,8 @@ import torch
 
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.core.routing import Routing
-from moesaic.telemetry.trace import SCHEMA_VERSION, RoutingTrace, TraceMetadata, TraceWriter
+from moesaic.telemetry.trace import SCHEMA_VERSION, RoutingTrace, TraceMetadata
+from moesaic.telemetry.writer import TraceWriter
 
 METADATA = TraceMetadata(
     model="toy",

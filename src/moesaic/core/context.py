@@ -20,12 +20,15 @@ class Context:
         id_T: token ids of the vocabulary, int64; hash routing needs them.
         domain_T: which domain or task each token's text belongs to, int64.
         below_TE: router logits of the MoE layer below, for gating residuals (MoE++).
+        choice_TK: the experts of each token, where they are known already: routers in which tokens choose the best K
+            take them in the place of their own choice, and weigh them as their scores say.
     """
 
     sequence_T: Tensor | None = None
     id_T: Tensor | None = None
     domain_T: Tensor | None = None
     below_TE: Tensor | None = None
+    choice_TK: Tensor | None = None
 
     def check(self, num_tokens: int) -> None:
         """Refuse what does not have one entry for each token.

@@ -41,16 +41,28 @@ class Plan:
             routing: the table.
             kept_N: bool (N,), False for rows that no expert may take.
         """
-        num_experts = routing.num_experts
+        return cls.from_rows(routing.expert_N, routing.token_N, routing.weight_N, routing.num_experts, kept_N)
+
+    @classmethod
+    def from_rows(cls, expert_N: Tensor, token_N: Tensor, weight_N: Tensor, num_experts: int, kept_N: Tensor) -> Plan:
+        """Sort rows that are known without a table.
+
+        Args:
+            expert_N: the expert of each row; of rows left out, any number.
+            token_N: its token.
+            weight_N: its weight.
+            num_experts: E.
+            kept_N: bool (N,), False for rows that no expert may take.
+        """
         # Rows left out sort as if they went to an expert after the last.
-        expert_N = torch.where(kept_N, routing.expert_N, num_experts)
+        expert_N = torch.where(kept_N, expert_N, num_experts)
         row_N = torch.argsort(expert_N, stable=True)
-        load_E = torch.zeros(num_experts, dtype=torch.int64, device=kept_N.device)
-        load_E.index_add_(0, routing.expert_N, kept_N.to(torch.int64))
+        load_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=kept_N.device)
+        load_E = load_E.index_add_(0, expert_N, torch.ones_like(expert_N))[:num_experts]
         return cls(
             row_N=row_N,
-            token_N=routing.token_N[row_N],
-            weight_N=routing.weight_N[row_N],
+            token_N=token_N[row_N],
+            weight_N=weight_N[row_N],
             load_E=load_E,
             offset_E=load_E.cumsum(0),
             kept_N=kept_N,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class SparseBlock(nn.Module):
         frame = current_frame()
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         valid_T, context = frame.tokens(hidden_states)
+        if frame.replay is not None:
+            context = replace(context, choice_TK=frame.replay.choices(self, frame, hidden_states))
         y_TD, routing = self.moe(x_TD, valid_T, context)
         if self.lends_logits:
             frame.lend(routing.logits_TE)

@@ -59,6 +59,8 @@ def sparse_config(dense: PreTrainedConfig, spec: dict[str, Any]) -> PreTrainedCo
         )
     config = copy.deepcopy(dense)
     config.__class__ = sparse_config_class(type(dense))
+    # One that was read from a folder carries the dense model's name besides that of its class.
+    config.__dict__.pop("model_type", None)
     config.base_model_type = dense.model_type
     config.moesaic = spec
     return config

@@ -66,23 +66,18 @@ def sparsify(
     Warns:
         UserWarning: if tokens would see later ones in a causal language model.
     """
-    _check_model(model)
-    name = _name_of(recipe)
     kernel = {"kernel": options.pop("kernel")} if "kernel" in options else {}
-    if top_k is not None:
-        options["top_k"] = top_k
-    options = _from_config(model.config, recipes.get(name)) | options
-
-    chosen = choose(find_feed_forwards(cast(PreTrainedModel, model.base_model)), layers)
-    published = {} if balance is not None else {term.name: term.coefficient for term in recipes.get(name).losses}
-    spec = SparseSpec(
-        recipe=name,
-        layers=_layer_specs(chosen, recipes.get(name), hidden, num_experts, options),
-        aux_coefficients=published | dict(aux_coefficients or {}),
-        balance=None if balance is None else dict(balance),
+    spec = sparse_spec(
+        model,
+        recipe,
+        layers=layers,
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=top_k,
+        aux_coefficients=aux_coefficients,
+        balance=balance,
+        **options,
     )
-    if balance is not None:
-        _check_balance(spec)
     warn_of_later_tokens(model, spec)
     config = sparse_config(model.config, spec.to_dict())
     dense_config, dense_class = model.config, type(model)
@@ -97,7 +92,42 @@ def sparsify(
     return model
 
 
-def _check_model(model: Model) -> None:
+def sparse_spec(
+    model: PreTrainedModel,
+    recipe: str | Recipe,
+    *,
+    layers: str | list[int] = "all",
+    hidden: int | None = None,
+    num_experts: int | Sequence[int] | None = None,
+    top_k: int | None = None,
+    aux_coefficients: Mapping[str, float] | None = None,
+    balance: Mapping[str, float] | None = None,
+    **options: Any,
+) -> SparseSpec:
+    """What :func:`sparsify` would put where, from the same arguments; the model stays as it is.
+
+    Raises:
+        ConfigError: see :func:`sparsify`.
+    """
+    _check_model(model)
+    name = _name_of(recipe)
+    if top_k is not None:
+        options["top_k"] = top_k
+    options = _from_config(model.config, recipes.get(name)) | options
+    chosen = choose(find_feed_forwards(cast(PreTrainedModel, model.base_model)), layers)
+    published = {} if balance is not None else {term.name: term.coefficient for term in recipes.get(name).losses}
+    spec = SparseSpec(
+        recipe=name,
+        layers=_layer_specs(chosen, recipes.get(name), hidden, num_experts, options),
+        aux_coefficients=published | dict(aux_coefficients or {}),
+        balance=None if balance is None else dict(balance),
+    )
+    if balance is not None:
+        _check_balance(spec)
+    return spec
+
+
+def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"sparsify needs a transformers model, got {type(model).__name__}. For your own module, put the layer of "

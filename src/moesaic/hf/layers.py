@@ -11,23 +11,41 @@ from torch import nn
 
 from moesaic.balance import Controller
 from moesaic.hf.block import SparseBlock
+from moesaic.hf.native.blocks import JetMoeGate
+from moesaic.hf.native.layer import NativeLayer
+from moesaic.hf.native.router import AdoptedRouter, Reporter
 from moesaic.recipes.recipe import Layer
 from moesaic.telemetry.summary import RoutingSummary
 
-
-def blocks(model: nn.Module) -> dict[str, SparseBlock]:
-    """The sparse blocks of a model by module path, in depth order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SparseBlock)}
+Block = SparseBlock | Reporter
+"""What reports the routing of one MoE layer: a block of ours, or an adopted module of transformers."""
 
 
-def moe_layers(model: nn.Module) -> dict[str, Layer]:
-    """The MoE layers of a model by the module path of the feed-forward network that each replaces, in depth order."""
-    return {path: block.moe for path, block in blocks(model).items()}
+def blocks(model: nn.Module) -> dict[str, Block]:
+    """What reports the routing of each MoE layer, by the layer's module path, in depth order."""
+    return {_layer_path(path, part): part for path, part in model.named_modules() if isinstance(part, Block)}
+
+
+def moe_layers(model: nn.Module) -> dict[str, Layer | NativeLayer]:
+    """The MoE layers of a model by module path, in depth order: ours, or what adopted ones show of themselves."""
+    return {
+        path: part.moe if isinstance(part, SparseBlock) else NativeLayer(part, _around(model, path, part))
+        for path, part in blocks(model).items()
+    }
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether a model has MoE layers of ours."""
-    return any(isinstance(module, SparseBlock) for module in model.modules())
+    """Whether a model has MoE layers that we see: ours, or adopted ones."""
+    return any(isinstance(module, Block) for module in model.modules())
+
+
+def _layer_path(path: str, part: nn.Module) -> str:
+    """A router goes by the name of the layer that it stands in."""
+    return path.rpartition(".")[0] if isinstance(part, AdoptedRouter | JetMoeGate) else path
+
+
+def _around(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    return model.get_submodule(path) if isinstance(part, AdoptedRouter | JetMoeGate) else part
 
 
 def active_params(model: nn.Module) -> int:
@@ -65,12 +83,12 @@ def controllers(model: nn.Module) -> list[Steered]:
 
     Step each once per optimizer step, on the counts of everything that the step saw.
     """
-    found = blocks(model)
+    found, layers = blocks(model), moe_layers(model)
     rules = list(dict.fromkeys(rule for block in found.values() for rule in block.rules))
     steered = []
     for rule in rules:
         paths = [path for path, block in found.items() if rule in block.rules]
-        built = rule.build([cast(nn.Module, found[path].moe) for path in paths])
+        built = rule.build([cast(nn.Module, layers[path]) for path in paths])
         groups = [(path,) for path in paths] if len(built) == len(paths) else [tuple(paths)]
         steered += [Steered(layers=group, controller=one) for group, one in zip(groups, built, strict=True)]
     return steered

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing
-from moesaic.hf.layers import blocks
+from moesaic.hf.layers import is_sparse, moe_layers
 from moesaic.hf.reports import Place, Report, Sink
-from moesaic.hf.scope import Frame, domain_of_each, listening
+from moesaic.hf.scope import Frame, SequenceNumbers, domain_of_each, listening, positions, tokens_before
 from moesaic.hf.watching import detached, places
-from moesaic.telemetry.trace import RoutingTrace, TraceMetadata, TraceWriter
+from moesaic.telemetry.trace import RoutingTrace, TraceMetadata
+from moesaic.telemetry.writer import TraceStream, TraceWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +29,11 @@ _DOMAIN: ContextVar[str | Sequence[str] | None] = ContextVar("moesaic.hf.domain"
 
 @contextmanager
 def record(
-    model: nn.Module, *, tokenizer: PreTrainedTokenizerBase | None = None, domains: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    domains: Sequence[str] = (),
+    to: str | Path | None = None,
 ) -> Iterator[RoutingTrace]:
     """Write down every choice of every router in the forwards that start within.
 
@@ -40,25 +46,57 @@ def record(
         trace.save("trace.parquet")
 
     Args:
-        model: one that has MoE layers.
+        model: one that has MoE layers: ours, adopted, or one of transformers, which is adopted for the time of the
+            block and left as it was after it.
         tokenizer: puts the text of each token into the trace.
         domains: names in the order that the trace shall list them, which is how :func:`domains` counts them; others
             join as :func:`trace_domain` names them.
+        to: a Parquet file to stream the rows to, in bounded memory: the trace that is handed out stays empty, and
+            ``RoutingTrace.load`` or ``RoutingTrace.parts`` reads the file. It is there when the block ends without an
+            error, whole; what stood there before stays until then.
     Raises:
-        ConfigError: if the model has no MoE layers.
+        ConfigError: if the model has no MoE layers, or some that Moesaic cannot describe.
+        BackendError: if ``to`` is given and pyarrow is not installed.
+        CheckpointError: if the file cannot be written.
     """
-    where = places(model)
-    metadata = _metadata(model, tokenizer, domains)
-    listener = _Recorder(where, TraceWriter(metadata), list(domains))
-    trace = listener.finished()
+    with _adopted(model):
+        where = places(model)
+        metadata = _metadata(model, tokenizer, domains)
+        writer = TraceWriter(metadata) if to is None else TraceStream(metadata, Path(to))
+        listener = _Recorder(where, writer, list(domains))
+        trace = TraceWriter(metadata).trace()
+        try:
+            with listening(listener):
+                yield trace
+        except BaseException:
+            if isinstance(writer, TraceStream):
+                writer.discard()
+            raise
+        finally:
+            if not isinstance(writer, TraceStream):
+                # The same object that was handed out: frozen for everybody else.
+                complete = writer.trace(listener.metadata())
+                for field in fields(RoutingTrace):
+                    object.__setattr__(trace, field.name, getattr(complete, field.name))
+        if isinstance(writer, TraceStream):
+            writer.close(listener.metadata())
+
+
+@contextmanager
+def _adopted(model: nn.Module) -> Iterator[None]:
+    """Adopt a mixture of transformers for a while, its experts untouched; nothing for models that are seen already."""
+    if is_sparse(model):
+        yield
+        return
+    from moesaic.hf.native.adopt import adopt, is_native_mixture, release
+
+    if not is_native_mixture(model):
+        places(model)  # refuses it
+    adopt(model, kernel=None)
     try:
-        with listening(listener):
-            yield trace
+        yield
     finally:
-        # The same object that was handed out: frozen for everybody else.
-        complete = listener.finished()
-        for field in fields(RoutingTrace):
-            object.__setattr__(trace, field.name, getattr(complete, field.name))
+        release(model)
 
 
 @contextmanager
@@ -75,40 +113,38 @@ class _Recorder:
     wants_balance = False
     batch_load_E = None
 
-    def __init__(self, places: Mapping[nn.Module, Place], writer: TraceWriter, domains: list[str]) -> None:
+    def __init__(
+        self, places: Mapping[nn.Module, Place], writer: TraceWriter | TraceStream, domains: list[str]
+    ) -> None:
         self.places = places
         self.writer = writer
         self.domains = domains
         self.choices: set[int] = set()
         self.forward: Sink | None = None
-        self.first_sequence = 0
-        self.next_sequence = 0
+        self.numbers = SequenceNumbers()
 
     def hear(self, place: Place, report: Report) -> None:
         frame, routing = report.frame, detached(report.routing)
-        if routing.sequence_T is None:
-            raise ConfigError(
-                f"A trace needs a batch of sequences, (sequences, positions, width), at {place.layer}. "
-                "Use moesaic.hf.observe for models that mix sequences."
-            )
-        num_sequences = int(routing.sequence_T.max()) + 1 if routing.num_tokens else 0
-        positions = routing.num_tokens // max(num_sequences, 1)
-        before_B1 = _tokens_before(frame.attention_mask, positions)
+        # Where nobody knows sequences, such as among the patches of images, all tokens are one.
+        sequence_T = torch.zeros_like(routing.valid_T, dtype=torch.int64)
+        sequence_T = sequence_T if routing.sequence_T is None else routing.sequence_T
+        num_sequences = int(sequence_T.max()) + 1 if routing.num_tokens else 0
+        num_positions = routing.num_tokens // max(num_sequences, 1)
+        before_B1 = tokens_before(frame.attention_mask, num_positions)
         if frame.sink is not self.forward:
             self.forward = frame.sink
-            if before_B1 is None or not self.next_sequence:
-                self.first_sequence = self.next_sequence
-        self.next_sequence = max(self.next_sequence, self.first_sequence + num_sequences)
+            self.numbers.begin(continues=before_B1 is not None)
+        self.numbers.see(num_sequences)
         self.choices |= set(_rows_of_each(routing).tolist())
-        valid_BP = routing.valid_T.view(num_sequences, positions)
-        position_BP = (valid_BP.cumsum(dim=1) - 1).clamp_min(0) + (0 if before_B1 is None else before_B1)
+        valid_BP = routing.valid_T.view(num_sequences, num_positions)
+        ids_T = None if frame.input_ids is None else frame.input_ids.reshape(-1)
         self.writer.add(
             place.index,
             routing,
-            None if frame.input_ids is None else frame.input_ids.reshape(-1),
-            position_BP.reshape(-1),
-            routing.sequence_T + self.first_sequence,
-            self._domain(frame, num_sequences).to(routing.sequence_T.device)[routing.sequence_T],
+            ids_T if ids_T is not None and ids_T.shape == routing.valid_T.shape else None,
+            positions(valid_BP, before_B1).reshape(-1),
+            sequence_T + self.numbers.first,
+            self._domain(frame, num_sequences).to(sequence_T.device)[sequence_T],
         )
 
     def _domain(self, frame: Frame, num_sequences: int) -> Tensor:
@@ -127,9 +163,10 @@ class _Recorder:
                 self.domains.append(name)
         return torch.tensor([-1 if name is None else self.domains.index(name) for name in names])
 
-    def finished(self) -> RoutingTrace:
+    def metadata(self) -> TraceMetadata:
+        """What was met on the way joins what was known before."""
         (top_k,) = self.choices if len(self.choices) == 1 else (None,)
-        return self.writer.trace(replace(self.writer.metadata, domains=tuple(self.domains), top_k=top_k))
+        return replace(self.writer.metadata, domains=tuple(self.domains), top_k=top_k)
 
 
 def _rows_of_each(routing: Routing) -> Tensor:
@@ -138,15 +175,8 @@ def _rows_of_each(routing: Routing) -> Tensor:
     return count_T[routing.valid_T]
 
 
-def _tokens_before(mask: object, positions: int) -> Tensor | None:
-    """How many tokens of each sequence a cache holds, (B, 1); None if there is no cache."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] <= positions:
-        return None
-    return (mask[:, : mask.shape[1] - positions] != 0).sum(dim=1, keepdim=True)
-
-
 def _metadata(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, domains: Sequence[str]) -> TraceMetadata:
-    layers = {path: block.moe for path, block in blocks(model).items()}
+    layers = moe_layers(model)
     config = getattr(model, "config", None)
     return TraceMetadata(
         model=str(getattr(config, "name_or_path", "") or type(model).__name__),

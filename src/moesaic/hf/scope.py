@@ -7,11 +7,12 @@ as the first forward did, and counts nothing a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,20 @@ class Below:
         return Below(self.logits_TE.detach().requires_grad_(self.logits_TE.requires_grad))
 
 
+class Replay(Protocol):
+    """Gives routers the choices that they made before."""
+
+    def choices(self, block: nn.Module, frame: Frame, hidden_states: Tensor) -> Tensor | None:
+        """The experts of each token of a batch (T, K); None where the block shall choose itself."""
+
+
+class Replayed(Protocol):
+    """A trace that forwards take their choices from."""
+
+    def forward(self) -> Replay:
+        """What the next forward takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Frame:
     """One forward of one model.
@@ -45,24 +60,31 @@ class Frame:
         model: whose forward it is; None outside of any.
         attention_mask: of the stack that runs now; (B, past + P), nonzero where a token is.
         input_ids: of the stack that runs now.
+        shape_BP: sequences and positions of the stack that runs now; None where its input does not tell.
         domains: which domain each sequence of the batch belongs to, or all of them.
         below: logits of the MoE layer before, in the stack that runs now; None outside of any.
         balance_wanted: blocks whose balance losses a listener asked for.
+        parts: which tokens of the batch a router reads that does not read all, bool (T,).
+        replay: gives routers their choices, instead of their own; None unless a trace is replayed.
         sink: where reports go; None while activations are recomputed.
     """
 
     model: nn.Module | None = None
     attention_mask: Any = None
     input_ids: Tensor | None = None
+    shape_BP: tuple[int, int] | None = None
     domains: int | Tensor | None = None
     below: Below | None = None
     balance_wanted: frozenset[nn.Module] = frozenset()
+    parts: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    replay: Replay | None = None
     sink: Sink | None = None
 
     def tokens(self, hidden_states: Tensor) -> tuple[Tensor | None, Context]:
         """Which tokens of a batch are real, and what is known about them, laid end to end.
 
-        Tokens have ids where the stack read as many as there are hidden states; below a pooling layer they do not.
+        Hidden states that come without their sequences have those of the stack's input, if they are as many. Tokens
+        have ids where the stack read as many as there are hidden states; below a pooling layer they do not.
 
         Only a mask of one number per token says which are padding; with any other (made for one kind of attention,
         with four dimensions or as a dictionary) all tokens count as real.
@@ -72,12 +94,13 @@ class Frame:
             ConfigError: if domains were given for another number of sequences.
         """
         below_TE = None if self.below is None else self.below.logits_TE
-        if hidden_states.ndim != 3:
+        shape_BP = self._shape_of(hidden_states)
+        if shape_BP is None:
             return None, Context(below_TE=below_TE)
-        num_sequences, num_positions, _ = hidden_states.shape
+        num_sequences, num_positions = shape_BP
         sequence_T = torch.arange(num_sequences, device=hidden_states.device).repeat_interleave(num_positions)
         ids_BP, domain_B = self.input_ids, None if self.domains is None else domain_of_each(self.domains, num_sequences)
-        has_ids = isinstance(ids_BP, Tensor) and ids_BP.shape == hidden_states.shape[:2]
+        has_ids = isinstance(ids_BP, Tensor) and ids_BP.shape == shape_BP
         context = Context(
             sequence_T=sequence_T,
             id_T=ids_BP.reshape(-1).to(sequence_T) if ids_BP is not None and has_ids else None,
@@ -85,6 +108,13 @@ class Frame:
             below_TE=below_TE,
         )
         return self._valid(num_sequences, num_positions, hidden_states.device), context
+
+    def _shape_of(self, hidden_states: Tensor) -> tuple[int, int] | None:
+        if hidden_states.ndim == 3:
+            return hidden_states.shape[0], hidden_states.shape[1]
+        if self.shape_BP is None or math.prod(self.shape_BP) != hidden_states.shape[0]:
+            return None
+        return self.shape_BP
 
     def _valid(self, num_sequences: int, num_positions: int, device: torch.device) -> Tensor | None:
         mask = self.attention_mask
@@ -99,14 +129,22 @@ class Frame:
         valid_BP = mask[:, mask.shape[1] - num_positions :] != 0
         return valid_BP.reshape(-1).to(device)
 
+    def wanted(self, block: nn.Module, terms: tuple[LossTerm, ...]) -> tuple[tuple[LossTerm, ...], bool]:
+        """Which of a block's losses this forward is to work out, and whether they join the model's own."""
+        for_training = block.training and torch.is_grad_enabled() and self.model is not None
+        return terms if for_training or block in self.balance_wanted else (), for_training
+
+    def is_heard(self, block: nn.Module) -> bool:
+        """Whether anybody listens to a block: without, and without losses, it need not report."""
+        return self.sink is not None and any(block in one.places for one in self.sink.listeners)
+
     def report(self, block: nn.Module, routing: Routing, terms: tuple[LossTerm, ...]) -> None:
         """Hand over what a block did.
 
         Losses are computed while activations are recomputed too, and thrown away: what the first forward saved for
         its backward has to be there again. Those that wait are computed where nothing is recomputed.
         """
-        for_training = block.training and torch.is_grad_enabled() and self.model is not None
-        wanted = terms if for_training or block in self.balance_wanted else ()
+        wanted, for_training = self.wanted(block, terms)
         waiting = tuple(term for term in wanted if waits(term))
         at_once = tuple(term for term in wanted if not waits(term))
         losses = {term.name: term.loss(routing) for term in at_once}
@@ -120,6 +158,13 @@ class Frame:
         if self.below is not None:
             self.below.logits_TE = logits_TE
 
+    def shares_tokens(self, shape_BP: tuple[int, int] | None) -> bool:
+        """Whether a stack of this model with an input of that shape reads the tokens that the model itself does."""
+        if self.model is None or shape_BP is None or shape_BP != self.shape_BP:
+            return False
+        # An encoder's tokens are not the decoder's, be they as many.
+        return not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether ``model`` is a part of the model whose forward this is."""
         return self.model is not None and any(part is model for part in self.model.modules())
@@ -128,6 +173,7 @@ class Frame:
 _NOWHERE = Frame()
 _FRAME: ContextVar[Frame] = ContextVar("moesaic.hf.frame", default=_NOWHERE)
 _DOMAINS: ContextVar[int | Tensor | None] = ContextVar("moesaic.hf.domains", default=None)
+_REPLAY: ContextVar[Replayed | None] = ContextVar("moesaic.hf.replay", default=None)
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("moesaic.hf.listeners", default=())
 
 
@@ -148,31 +194,41 @@ def current_frame() -> Frame:
 
 
 @contextmanager
-def entered(model: nn.Module, attention_mask: Any, input_ids: Tensor | None) -> Iterator[Sink | None]:
+def entered(
+    model: nn.Module, attention_mask: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+) -> Iterator[Sink | None]:
     """Run a forward of ``model`` in a frame of its own.
 
     Yields the sink that gathers the reports, or None if ``model`` is part of the model whose forward is running: its
     blocks report there, but under the mask of their own stack.
     """
-    outer = _FRAME.get()
+    outer, read = _FRAME.get(), input_ids if inputs_embeds is None else inputs_embeds
+    shape_BP = (read.shape[0], read.shape[1]) if isinstance(read, Tensor) and read.ndim > 1 else None
     if outer.belongs_to(model):
-        frame = replace(outer, attention_mask=attention_mask, input_ids=input_ids, below=Below())
+        if outer.shares_tokens(shape_BP):
+            # A stack within a stack reads the same tokens: what it is not told, or is told in another form, it knows.
+            told = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+            attention_mask = attention_mask if told else outer.attention_mask
+            input_ids = outer.input_ids if input_ids is None else input_ids
+        frame = replace(outer, attention_mask=attention_mask, input_ids=input_ids, shape_BP=shape_BP, below=Below())
     else:
         # A whole forward that runs in backward is recomputed by somebody: it has been listened to.
         again = _in_backward()
-        listeners = () if again else _LISTENERS.get()
+        listeners, replayed = () if again else _LISTENERS.get(), _REPLAY.get()
         frame = Frame(
             model=model,
             attention_mask=attention_mask,
             input_ids=input_ids,
+            shape_BP=shape_BP,
             domains=_DOMAINS.get(),
             below=Below(),
             balance_wanted=frozenset(
                 block for listener in listeners if listener.wants_balance for block in listener.places
             ),
+            replay=None if replayed is None else replayed.forward(),
             sink=Sink(listeners, is_recomputed=again),
         )
-    with _resumed(frame):
+    with resumed(frame):
         yield None if outer.belongs_to(model) else frame.sink
 
 
@@ -223,7 +279,48 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def _resumed(frame: Frame) -> Iterator[None]:
+def replaying(replayed: Replayed) -> Iterator[None]:
+    """Let every forward that starts within, in this thread, take its choices from a trace."""
+    token = _REPLAY.set(replayed)
+    try:
+        yield
+    finally:
+        _REPLAY.reset(token)
+
+
+class SequenceNumbers:
+    """Numbers the sequences of forwards, on from each other; steps with a cache go on in those that they began with."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.next = 0
+
+    def begin(self, *, continues: bool) -> int:
+        """A new forward; gives the number of its first sequence."""
+        if not continues or not self.next:
+            self.first = self.next
+        return self.first
+
+    def see(self, num_sequences: int) -> None:
+        """A layer of the forward had so many."""
+        self.next = max(self.next, self.first + num_sequences)
+
+
+def tokens_before(mask: object, num_positions: int) -> Tensor | None:
+    """How many tokens of each sequence a cache holds, (B, 1); None if there is no cache."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] <= num_positions:
+        return None
+    return (mask[:, : mask.shape[1] - num_positions] != 0).sum(dim=1, keepdim=True)
+
+
+def positions(valid_BP: Tensor, before_B1: Tensor | None) -> Tensor:
+    """The place of each token in its sequence, padding not counted (B, P)."""
+    return (valid_BP.cumsum(dim=1) - 1).clamp_min(0) + (0 if before_B1 is None else before_B1)
+
+
+@contextmanager
+def resumed(frame: Frame) -> Iterator[None]:
+    """Run what follows in a frame that is there already."""
     token = _FRAME.set(frame)
     try:
         yield
@@ -254,7 +351,7 @@ class KeepFrame:
                 has_run = True
                 return function(*args, **kwargs)
             # A copy again: a graph that is kept may be recomputed more than once.
-            with _resumed(replace(kept, below=kept.below and kept.below.copy())):
+            with resumed(replace(kept, below=kept.below and kept.below.copy())):
                 return function(*args, **kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

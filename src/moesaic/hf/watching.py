@@ -108,7 +108,8 @@ def places(model: nn.Module) -> dict[nn.Module, Place]:
     }
     if not found:
         raise ConfigError(
-            f"{type(model).__name__} has no MoE layers to look at. Give a model that moesaic.sparsify has converted."
+            f"{type(model).__name__} has no MoE layers to look at. Give a model that moesaic.sparsify has converted, "
+            "or a mixture of transformers that moesaic.adopt has adopted."
         )
     return found
 

@@ -54,6 +54,6 @@ class AttentionRouter(TokenChoiceRouter):
         attention_TEE = (query_TE[:, :, None] * key_TE[:, None, :]).softmax(dim=-1)
         logits_TE = (attention_TEE * value_TE[:, None, :]).sum(dim=-1)
         scores_TE = softmax.of(logits_TE)
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         return Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)

@@ -75,5 +75,5 @@ class CosineRouter(TokenChoiceRouter):
             expert_ER = F.normalize(self.embedding_ER.to(dtype), dim=-1, eps=SHORTEST)
             logits_TE = F.linear(token_TR, expert_ER) * self.log_temperature.to(dtype).neg().exp()
         scores_TE = self.score.of(logits_TE)
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         return Routing.from_choices(expert_TK, scores_TE.gather(1, expert_TK), logits_TE, scores_TE, valid_T)

@@ -70,7 +70,7 @@ class NormalizedRouter(TokenChoiceRouter):
         normalized_TE = self.scale * normalized(logits_TE, self.eps)
         scores_TE = normalized_TE.softmax(dim=-1)
         # The logits order experts as their normalised form does, and stay apart where that rounds them together.
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         weight_TK = normalized_TE.gather(1, expert_TK).softmax(dim=-1)
         return Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
 

@@ -89,7 +89,7 @@ class ResidualRouter(TokenChoiceRouter):
         """Write the table for one batch of tokens."""
         logits_TE = self._with_residual(self.logits(x_TD), context.below_TE)
         scores_TE = logits_TE.softmax(dim=-1)
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         weight_TK = scores_TE.gather(1, expert_TK)
         routing = Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
         eta_E = torch.ones(self.num_experts, dtype=scores_TE.dtype, device=scores_TE.device)

@@ -53,7 +53,7 @@ class SampledTopKRouter(TokenChoiceRouter):
         """Write the table for one batch of tokens."""
         logits_TE = self.logits(x_TD)
         scores_TE = logits_TE.softmax(dim=-1)
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         used_TK = torch.ones_like(weight_TK, dtype=torch.bool)
         if self.training:

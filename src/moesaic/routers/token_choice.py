@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.routers.linear import LinearRouter
@@ -54,6 +55,10 @@ class TokenChoiceRouter(LinearRouter):
         if self.bias_E is None:
             zeros_E = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
             self.register_exact("bias_E", zeros_E)
+
+    def chosen(self, logits_TE: Tensor, scores_TE: Tensor, context: Context) -> Tensor:
+        """The K experts of each token (T, K): those that are known already, or this router's choice."""
+        return self.choose(logits_TE, scores_TE) if context.choice_TK is None else context.choice_TK
 
     def choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """The K chosen experts of each token, best first (T, K), without a gradient."""

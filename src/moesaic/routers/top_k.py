@@ -91,7 +91,7 @@ class TopKRouter(TokenChoiceRouter):
         """Write the table for one batch of tokens."""
         logits_TE = self.logits(x_TD)
         scores_TE = self.score.of(logits_TE)
-        expert_TK = self.choose(logits_TE, scores_TE)
+        expert_TK = self.chosen(logits_TE, scores_TE, context)
         weight_TK = self._weigh(logits_TE, scores_TE, expert_TK)
         routing = Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)
         if self.groups is None:

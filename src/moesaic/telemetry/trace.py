@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from moesaic.core.errors import BackendError, CheckpointError, ConfigError
 from moesaic.core.files import cannot_write, replacing_file
-from moesaic.core.routing import Routing
 
 SCHEMA_VERSION = 2
 """The newest form of trace file that this version writes and reads; 1 always has a number for ``top_k``."""
 
-_METADATA_KEY = b"moesaic.routing_trace"
+METADATA_KEY = b"moesaic.routing_trace"
+"""Where a file keeps what its columns refer to."""
 
-_COLUMNS: dict[str, type[np.generic]] = {
+COLUMNS: dict[str, type[np.generic]] = {
     "sequence": np.int32,
     "position": np.int32,
     "layer": np.int16,
@@ -34,6 +33,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "kept": np.bool_,
     "domain": np.int16,
 }
+"""What a trace has one of for each choice, and how wide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,10 @@ class TraceMetadata:
     token_text: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
+
+    def to_bytes(self) -> bytes:
+        """As a file keeps it."""
+        return json.dumps(asdict(self)).encode()
 
     def __post_init__(self) -> None:
         if len(self.layer_names) != len(self.num_experts):
@@ -107,9 +111,9 @@ class RoutingTrace:
     domain: npt.NDArray[np.int16]
 
     def __post_init__(self) -> None:
-        for name, dtype in _COLUMNS.items():
+        for name, dtype in COLUMNS.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
-        lengths = {name: len(getattr(self, name)) for name in _COLUMNS}
+        lengths = {name: len(getattr(self, name)) for name in COLUMNS}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"Every column of a trace must have the same number of rows, got {lengths}.")
         if self.num_rows:
@@ -152,7 +156,7 @@ class RoutingTrace:
 
     def where(self, mask: npt.NDArray[np.bool_]) -> RoutingTrace:
         """The rows at which ``mask`` is True, under the same metadata."""
-        return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
+        return replace(self, **{name: getattr(self, name)[mask] for name in COLUMNS})
 
     @classmethod
     def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
@@ -174,7 +178,7 @@ class RoutingTrace:
                         "trace 0. Join traces that were recorded from the same model and tokenizer."
                     )
         domains = tuple(dict.fromkeys(name for trace in traces for name in trace.metadata.domains))
-        columns = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _COLUMNS}
+        columns = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in COLUMNS}
         start = 0
         sequence, domain = [], []
         for trace in traces:
@@ -194,10 +198,10 @@ class RoutingTrace:
             BackendError: if pyarrow is not installed.
             CheckpointError: if the file cannot be written.
         """
-        pa, parquet = _pyarrow()
+        pa, parquet = pyarrow_modules()
         path = Path(path)
-        metadata = {_METADATA_KEY: json.dumps(asdict(self.metadata)).encode()}
-        table = pa.table({name: getattr(self, name) for name in _COLUMNS}).replace_schema_metadata(metadata)
+        metadata = {METADATA_KEY: self.metadata.to_bytes()}
+        table = pa.table({name: getattr(self, name) for name in COLUMNS}).replace_schema_metadata(metadata)
         try:
             with replacing_file(path) as file:
                 parquet.write_table(table, file, compression="zstd")
@@ -213,131 +217,79 @@ class RoutingTrace:
             BackendError: if pyarrow is not installed.
             CheckpointError: if the file is missing, damaged, not a trace, or of a newer version.
         """
-        pa, parquet = _pyarrow()
-        path = Path(path)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise CheckpointError(
-                f"A routing trace was expected at {path}, which {what}. Record one and save it there."
-            )
+        pa, parquet = pyarrow_modules()
+        path = _existing(Path(path))
         try:
             with path.open("rb") as file:
-                metadata = _metadata(parquet.ParquetFile(file).schema_arrow.metadata, path)
-                file.seek(0)
-                table = parquet.ParquetFile(file).read()
+                stored = parquet.ParquetFile(file)
+                metadata = _metadata(_described(stored), path)
+                table = stored.read()
         except (pa.ArrowException, OSError) as error:
-            raise CheckpointError(
-                f"{path} is no readable Parquet file: it is another kind of file, cut short or damaged. "
-                "Record the trace again, or give the path of a file that RoutingTrace.save wrote."
-            ) from error
-        missing = [name for name in _COLUMNS if name not in table.column_names]
+            raise _unreadable(path) from error
+        return cls._of_table(table, metadata, path)
+
+    @classmethod
+    def parts(cls, path: str | Path, rows: int = 1_000_000) -> Iterator[RoutingTrace]:
+        """Read what ``save`` or a recording to disk wrote, piece by piece, in bounded memory.
+
+        Args:
+            path: the file.
+            rows: of a piece, at most; a sequence may go on in the next one.
+        Raises:
+            BackendError: if pyarrow is not installed.
+            CheckpointError: if the file is missing, damaged, not a trace, or of a newer version.
+        """
+        pa, parquet = pyarrow_modules()
+        path = _existing(Path(path))
+        try:
+            with path.open("rb") as file:
+                stored = parquet.ParquetFile(file)
+                metadata = _metadata(_described(stored), path)
+                for batch in stored.iter_batches(batch_size=rows):
+                    yield cls._of_table(pa.Table.from_batches([batch]), metadata, path)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path) from error
+
+    @classmethod
+    def _of_table(cls, table: Any, metadata: TraceMetadata, path: Path) -> RoutingTrace:
+        missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise CheckpointError(
                 f"{path} is a routing trace without the columns {', '.join(missing)}: something else has rewritten it. "
                 "Record the trace again."
             )
         try:
-            return cls(metadata=metadata, **{name: table.column(name).to_numpy() for name in _COLUMNS})
+            return cls(metadata=metadata, **{name: table.column(name).to_numpy() for name in COLUMNS})
         except (ConfigError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is a routing trace that contradicts itself. {error}") from error
 
 
-class TraceWriter:
-    """Collects the routings of a model, layer by layer and batch by batch, into one trace.
-
-    Holds 31 bytes for each choice, as narrow columns on the CPU; nothing of the graph or of the scores that were not
-    chosen stays alive.
-
-    Args:
-        metadata: layers and experts are checked against it as rows come; its domains may be given later, to ``trace``.
-    """
-
-    def __init__(self, metadata: TraceMetadata):
-        self.metadata = metadata
-        self._chunks: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _COLUMNS}
-
-    @property
-    def num_rows(self) -> int:
-        """Rows collected so far."""
-        return sum(map(len, self._chunks["expert"]))
-
-    def add(
-        self,
-        layer: int,
-        routing: Routing,
-        token_id_T: Tensor | None,
-        position_T: Tensor,
-        sequence_T: Tensor,
-        domain_T: Tensor | None = None,
-    ) -> None:
-        """Take down one layer's routing of one batch.
-
-        Args:
-            layer: index of the layer in ``metadata.layer_names``.
-            routing: its rows of padding tokens are left out.
-            token_id_T: the tokens; None where the model reads none.
-            position_T: place of each token in its sequence.
-            sequence_T: number of each token's sequence, different for every sequence of the whole trace.
-            domain_T: index of each token's domain, -1 where unknown; None for all unknown.
-        Raises:
-            ConfigError: if the layer is not in the metadata, has another number of experts, or a column another length.
-        """
-        given = {"token_id_T": token_id_T, "position_T": position_T, "sequence_T": sequence_T, "domain_T": domain_T}
-        self._check(layer, routing, given)
-        valid_N = _numpy(routing.valid_N)
-        token_N = _numpy(routing.token_N)[valid_N]
-        rows = {
-            "choice": _numpy(routing.choice_N)[valid_N],
-            "expert": _numpy(routing.expert_N)[valid_N],
-            "weight": _numpy(routing.weight_N.float())[valid_N],
-            "score": _numpy(routing.scores_TE[routing.token_N, routing.expert_N].float())[valid_N],
-            "kept": _numpy(routing.kept_N)[valid_N],
-            "layer": np.full(len(token_N), layer),
-        }
-        for name, column_T in given.items():
-            column = np.full(len(token_N), -1) if column_T is None else _numpy(column_T)[token_N]
-            rows[name.removesuffix("_T")] = column
-        for name, dtype in _COLUMNS.items():
-            self._chunks[name].append(rows[name].astype(dtype))
-
-    def _check(self, layer: int, routing: Routing, given: dict[str, Tensor | None]) -> None:
-        if not 0 <= layer < len(self.metadata.layer_names):
-            raise ConfigError(
-                f"layer must be in 0..{len(self.metadata.layer_names) - 1}, got {layer}. Name it in the metadata first."
-            )
-        if routing.num_experts != self.metadata.num_experts[layer]:
-            raise ConfigError(
-                f"Layer {layer} has {self.metadata.num_experts[layer]} experts in the metadata, but this routing has "
-                f"{routing.num_experts}. Give metadata of the model that is being traced."
-            )
-        for name, column_T in given.items():
-            if column_T is not None and tuple(column_T.shape) != (routing.num_tokens,):
-                raise ConfigError(
-                    f"{name} must have one entry for each of the routing's {routing.num_tokens} tokens, "
-                    f"got shape {tuple(column_T.shape)}. Flatten it as the tokens were flattened."
-                )
-
-    def trace(self, metadata: TraceMetadata | None = None) -> RoutingTrace:
-        """Everything collected so far; ``metadata`` replaces the writer's, for domains that were met on the way."""
-        columns = {
-            name: np.concatenate([np.empty(0, dtype), *self._chunks[name]], dtype=dtype)
-            for name, dtype in _COLUMNS.items()
-        }
-        return RoutingTrace(metadata=metadata or self.metadata, **columns)
+def _existing(path: Path) -> Path:
+    if path.is_file():
+        return path
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise CheckpointError(f"A routing trace was expected at {path}, which {what}. Record one and save it there.")
 
 
-def _numpy(column: Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = column.detach().cpu().numpy()
-    return array
+def _unreadable(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no readable Parquet file: it is another kind of file, cut short or damaged. "
+        "Record the trace again, or give the path of a file that RoutingTrace.save wrote."
+    )
+
+
+def _described(stored: Any) -> dict[bytes, bytes]:
+    """What a file says of itself: with its schema, or at its end, where it was written row by row."""
+    return {**(stored.metadata.metadata or {}), **(stored.schema_arrow.metadata or {})}
 
 
 def _metadata(stored: dict[bytes, bytes] | None, path: Path) -> TraceMetadata:
-    if not stored or _METADATA_KEY not in stored:
+    if not stored or METADATA_KEY not in stored:
         raise CheckpointError(
             f"{path} is a Parquet file, but not a routing trace. Give the path of a file that RoutingTrace.save wrote."
         )
     try:
-        values = json.loads(stored[_METADATA_KEY])
+        values = json.loads(stored[METADATA_KEY])
         version = int(values["schema_version"])
         if version > SCHEMA_VERSION:
             raise CheckpointError(
@@ -354,7 +306,12 @@ def _frozen(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _pyarrow() -> tuple[ModuleType, ModuleType]:
+def pyarrow_modules() -> tuple[ModuleType, ModuleType]:
+    """``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        BackendError: if they are not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,0 +1,403 @@
+"""Put Moesaic under a model that is a mixture already: watched, balanced, and run by our kernels, as itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moesaic.balance import BiasRule, LossTerm, Rule, named
+from moesaic.core.errors import ConfigError
+from moesaic.hf.config import made_once
+from moesaic.hf.framed import FramedModel, framed_forward, keep_frames_in
+from moesaic.hf.native.check import check_module, check_router, compare_outputs
+from moesaic.hf.native.experts import IMPLEMENTATION, Form, experts_forward, form_of
+from moesaic.hf.native.router import Adopted, AdoptedRouter, Adoption, adopted_class
+from moesaic.hf.native.surgery import SURGERY, choices
+from moesaic.hf.native.table import ROWS, Row, attribute
+from moesaic.kernels.grouped_ffn import require_known
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TRIED_TOKENS = 4
+
+
+class AdoptedModel(FramedModel):  # type: ignore[no-untyped-call]
+    """A model of transformers whose MoE layers are adopted; it goes by the name of its own class, and saves as it."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own class does: what is loaded is not adopted."""
+        return cls.dense_class.from_pretrained(*args, **kwargs)
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _new_model, (type(self).dense_class,), self.__dict__
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A module to adopt.
+
+    Attributes:
+        path: of the module.
+        module: itself.
+        block: the module around it.
+        native: its class in transformers.
+    """
+
+    path: str
+    module: nn.Module
+    block: nn.Module
+    native: type[nn.Module]
+
+
+def adopt(
+    model: Model,
+    *,
+    kernel: str | None = "auto",
+    balance: Mapping[str, float] | None = None,
+    float32_router: bool = False,
+) -> Model:
+    """Put our kernels, losses and telemetry under the MoE layers of a transformers model, in place.
+
+    The model stays what it is: weights are shared and not copied, ``state_dict``, ``save_pretrained``, ``generate``,
+    PEFT, activation checkpointing and Trainer work as before, and outputs are the same up to rounding. What it gains:
+    :func:`moesaic.record` and :func:`moesaic.hf.observe` see its true routing, balance losses join ``output.loss`` in
+    training, controllers can step its selection biases, and its experts run on our kernels.
+
+    Every router is compared by numbers with what Moesaic knows of its family, and every kernel with the family's own
+    experts, before anything changes. Adopting again changes the settings; :func:`release` undoes all of it.
+
+    Args:
+        model: of any MoE family of transformers, or a module around one.
+        kernel: "auto" or a kernel's name; None leaves the experts to transformers.
+        balance: names of :data:`moesaic.balance.TERMS` with their numbers, for every layer, as in
+            ``{"switch": 0.01, "z": 1e-3, "bias": 1e-3}``; None for none.
+        float32_router: compute router logits and scores in float32, whatever the model's precision.
+    Returns:
+        The same model.
+    Raises:
+        ConfigError: if it has no MoE layers, one that Moesaic cannot describe, a router that computes something else
+            than its description, or if a term of ``balance`` does nothing; the model is untouched then.
+    """
+    if kernel is not None:
+        require_known(kernel)
+    routers, others, interface = _find(model)
+    terms = named(balance or {})
+    adoptions = {one.module: _adoption(one, terms, float32_router) for one in routers}
+    for one in routers:
+        _check(one, adoptions[one.module])
+    if terms:
+        _check_model_balance(model, terms)
+    forms = {one.module: form_of(one.module, kernel) for one in interface} if kernel is not None else {}
+    for one in interface:
+        if kernel is not None:
+            _try_interface(one, forms[one.module])
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in models:
+        keep_frames_in(part)
+    _operate(routers, others, adoptions, kernel)
+    for module, form in forms.items():
+        module.__dict__["_moesaic"] = form
+    _choose_implementation(models, kernel)
+    for part in models:
+        if any(isinstance(inner, Adopted) for inner in part.modules()) and not isinstance(part, FramedModel):
+            part.__class__ = adopted_model_class(type(part))
+    return model
+
+
+def release(model: Model) -> Model:
+    """Undo :func:`adopt`: every module is of its own class again, and transformers runs the experts.
+
+    Selection biases that were made float32 stay so.
+    """
+    for part in model.modules():
+        if isinstance(part, Adopted):
+            part.__dict__.pop("_moesaic", None)
+            part.__class__ = type(part).native_class  # type: ignore[assignment]
+        elif isinstance(part, AdoptedModel):
+            part.__class__ = type(part).dense_class  # type: ignore[assignment]
+        elif "_moesaic" in part.__dict__:
+            del part.__dict__["_moesaic"]
+    _choose_implementation([part for part in model.modules() if isinstance(part, PreTrainedModel)], None)
+    return model
+
+
+def is_native_mixture(model: nn.Module) -> bool:
+    """Whether a model has MoE layers of transformers that could be, or are, adopted."""
+    return any(_native_class(part).__name__ in ROWS for part in model.modules())
+
+
+def kernel_reports(model: nn.Module) -> dict[str, str]:
+    """Which kernel the experts of each adopted layer run on, and why, by module path."""
+    reports = {}
+    for path, part in model.named_modules():
+        form = part.__dict__.get("_moesaic")
+        if isinstance(form, Form):
+            reports[path] = form.report(part)
+    return reports
+
+
+@made_once
+def adopted_model_class(native: type[PreTrainedModel]) -> type[Any]:
+    """The class of adopted models whose own class is ``native``."""
+    # transformers keeps what belongs to a class under its printed name: ours prints as the model's own does.
+    namespace = {
+        "__module__": native.__module__,
+        "__qualname__": native.__qualname__,
+        "__doc__": native.__doc__,
+        "dense_class": native,
+        "forward": framed_forward(native),
+    }
+    return type(native.__name__, (AdoptedModel, native), namespace)
+
+
+def _find(model: nn.Module) -> tuple[list[Found], list[Found], list[Found]]:
+    """Modules that report routings; others that change class; experts that transformers' interface reaches."""
+    routers: list[Found] = []
+    others: list[Found] = []
+    interface: list[Found] = []
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        native = _native_class(module)
+        found = Found(path=path, module=module, block=modules[path.rpartition(".")[0]], native=native)
+        surgery = SURGERY.get(native.__name__)
+        if surgery is not None:
+            (others if surgery.reads is None else routers).append(found)
+        elif native.__name__ in ROWS and ROWS[native.__name__].parts:
+            routers.append(found)
+        elif _is_interface(module):
+            interface.append(found)
+    if not routers:
+        _refuse(model, interface)
+    described = {one.block for one in routers}
+    for one in interface:
+        # The router stands beside its experts.
+        if one.block not in described:
+            _refuse(model, [one])
+    return routers, others, interface
+
+
+def _refuse(model: nn.Module, undescribed: list[Found]) -> None:
+    if undescribed:
+        one = undescribed[0]
+        beside = ", ".join(type(part).__name__ for name, part in one.block.named_children() if part is not one.module)
+        raise ConfigError(
+            f"adopt needs routers that Moesaic can describe, got experts ({one.native.__name__}) at {one.path} with "
+            f"none of them beside ({beside or 'nothing is there'}). Use a family of the table in docs/families.md."
+        )
+    raise ConfigError(
+        f"adopt needs a transformers model with MoE layers, got {type(model).__name__} without one that is known. "
+        "Make a dense model sparse with moesaic.sparsify; the families are in docs/families.md."
+    )
+
+
+def _row(one: Found) -> tuple[nn.Module, Row]:
+    """The module whose attributes are read, and how."""
+    surgery = SURGERY.get(one.native.__name__)
+    router = one.module if surgery is None or not surgery.reads else attribute(one.module, surgery.reads)
+    return router, ROWS[_native_class(router).__name__]
+
+
+def _adoption(one: Found, terms: tuple[Any, ...], float32: bool) -> Adoption:
+    router, row = _row(one)
+    block = one.block if router is one.module else one.module
+    spec = row.spec_of(router, block)
+    if float32 and (spec.policy == "sparsemixer" or row.logits is None or one.native.__name__ == "DogeCDMoE"):
+        raise ConfigError(
+            f"float32_router needs a router that Moesaic computes itself, got {one.native.__name__} at {one.path}, "
+            "whose own code routes. Leave float32_router out."
+        )
+    if float32 and spec.capacity:
+        raise ConfigError(
+            f"float32_router is what {one.native.__name__} at {one.path} has already: its router_dtype says so. "
+            "Leave float32_router out."
+        )
+    if terms and not spec.is_learned:
+        terms = ()  # its choices are fixed: nothing can move them
+    return Adoption(
+        spec=spec,
+        row=row,
+        float32=float32,
+        terms=tuple(term for term in terms if isinstance(term, LossTerm)),
+        rules=tuple(cast(Rule, term) for term in terms if not isinstance(term, LossTerm)),
+    )
+
+
+def _check(one: Found, adoption: Adoption) -> None:
+    router, row = _row(one)
+    if row.parts:
+        check_router(router, one.block, row, one.path)
+    for rule in adoption.rules:
+        if not isinstance(rule, BiasRule):
+            raise ConfigError(
+                f"A model of transformers has no place for what {type(rule).__name__} moves. Use losses or bias."
+            )
+        if row.selection_bias is None or not adoption.spec.selection_bias:
+            raise ConfigError(
+                f"Loss-free balancing moves a selection bias, and {type(router).__name__} at {one.path} has none: what "
+                "it learned could not be saved with the model. Use a balance loss."
+            )
+    if adoption.terms and one.native.__name__ == "NllbMoeSparseMLP":
+        raise ConfigError(
+            "Balance losses need experts that are run as the router chose, got NLLB-MoE, of which transformers runs "
+            f"experts 0 and 1 only (at {one.path}: its mask of first choices is taken for expert numbers). "
+            "Leave balance out."
+        )
+
+
+def _check_model_balance(model: nn.Module, terms: tuple[Any, ...]) -> None:
+    own = [part for part in model.modules() if getattr(getattr(part, "config", None), "output_router_logits", False)]
+    if own and any(isinstance(term, LossTerm) for term in terms):
+        raise ConfigError(
+            "The model adds a balance loss of its own, pooled over layers, since its config has "
+            "output_router_logits=True; with balance it would be balanced twice. Set it to False."
+        )
+
+
+def _try_interface(one: Found, form: Form) -> None:
+    """A few tokens through the experts as their class runs them, and as we do."""
+    module: Any = one.module
+    if any(weight.is_meta for weight in module.parameters()):
+        return
+    x_TD = _tokens(module, form)
+    if x_TD is None:
+        return
+    expert_TK, weight_TK = choices(module, x_TD)
+    plain = type(module).forward.__wrapped__
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        wanted = plain(module, x_TD, expert_TK, weight_TK)
+        module.__dict__["_moesaic"], before = form, module.__dict__.get("_moesaic")
+        try:
+            found = experts_forward(module, x_TD, expert_TK, weight_TK)
+        finally:
+            module.__dict__.pop("_moesaic")
+            if before is not None:
+                module.__dict__["_moesaic"] = before
+    compare_outputs(wanted, found, one.path, type(module).__name__)
+
+
+def _tokens(module: Any, form: Form | None = None, width: int | None = None) -> Tensor | None:
+    """A few tokens that a module of experts can read; drawn apart from the global generator."""
+    weight = next(iter(module.parameters()))
+    if width is None:
+        if form is None:
+            return None
+        width = int(form.views(module)[1].shape[1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(_TRIED_TOKENS, width, generator=generator)
+    return drawn.to(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+
+def _operate(
+    routers: list[Found], others: list[Found], adoptions: Mapping[nn.Module, Adoption], kernel: str | None
+) -> None:
+    """Change classes; try each where its family has no interface, and take all back if one computes otherwise."""
+    before = {one.module: (one.module.__class__, one.module.__dict__.get("_moesaic")) for one in [*routers, *others]}
+    holders: dict[nn.Module, Any] = {}
+    try:
+        for one in [*others, *routers]:
+            surgery = SURGERY.get(one.native.__name__)
+            if surgery is None or surgery.reads is not None:
+                one.module.__dict__["_moesaic"] = adoptions[one.module]
+                for rule in adoptions[one.module].rules:
+                    if isinstance(rule, BiasRule):
+                        _keep_exact(one)
+            if surgery is not None and surgery.form is not None:
+                if kernel is None and surgery.reads is None:
+                    continue  # its experts stay as they are
+                holder = attribute(one.module, surgery.holder) if surgery.holder else one.module
+                holders.setdefault(holder, holder.__dict__.get("_moesaic"))
+                holder.__dict__.pop("_moesaic", None) if kernel is None else holder.__dict__.__setitem__(
+                    "_moesaic", surgery.form(holder, kernel)
+                )
+            kind = AdoptedRouter if surgery is None else surgery.kind
+            one.module.__class__ = adopted_class(one.native, kind)
+        for one in [*others, *routers]:
+            _try_surgery(one, kernel)
+    except BaseException:
+        for module, (kind_before, kept) in before.items():
+            module.__class__ = kind_before
+            module.__dict__.pop("_moesaic", None)
+            if kept is not None:
+                module.__dict__["_moesaic"] = kept
+        for holder, kept in holders.items():
+            holder.__dict__.pop("_moesaic", None)
+            if kept is not None:
+                holder.__dict__["_moesaic"] = kept
+        raise
+
+
+def _try_surgery(one: Found, kernel: str | None) -> None:
+    surgery = SURGERY.get(one.native.__name__)
+    if surgery is None or surgery.probe is None or (kernel is None and surgery.reads is None):
+        return
+    if any(weight.is_meta for weight in one.module.parameters()):
+        return
+    width = _width(one)
+    x_TD = _tokens(one.module, width=width)
+    assert x_TD is not None
+    check_module(one.module, one.native, surgery.probe(one.module, x_TD), one.path)
+
+
+def _width(one: Found) -> int:
+    module: Any = one.module
+    for name in ("input_size", "hidden_size", "hidden_dim"):  # JetMoE's hidden_size is F
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    router, row = _row(one) if SURGERY[one.native.__name__].reads is not None else (module, None)
+    if one.native.__name__ == "VitPoseBackboneMoeMLP":
+        return int(module.fc1.in_features)
+    assert row is not None
+    return row.width_of(router)
+
+
+def _keep_exact(one: Found) -> None:
+    """Make a selection bias float32: steps of 0.001 vanish in half precision."""
+    router, row = _row(one)
+    assert row.selection_bias is not None
+    holder: nn.Module = one.block if row.selection_bias.startswith("block.") else router
+    *inside, name = row.selection_bias.removeprefix("block.").split(".")
+    for part in inside:
+        holder = getattr(holder, part)
+    bias = getattr(holder, name)
+    if bias.dtype != torch.float32:
+        bias.data = bias.data.float()
+
+
+def _choose_implementation(models: list[PreTrainedModel], kernel: str | None) -> None:
+    """Tell transformers' interface, model by model, who runs the experts; configurations that are shared are copied."""
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS.keys():  # noqa: SIM118  (the interface iterates otherwise)
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    seen = {id(part.config): part for part in models}
+    for part in seen.values():
+        for inner in part.modules():
+            if not _is_interface(inner):
+                continue
+            config = cast(Any, inner).config
+            if kernel is not None and config._experts_implementation_internal != IMPLEMENTATION:
+                inner.__dict__.setdefault("_moesaic_before", config._experts_implementation_internal)
+                config._experts_implementation_internal = IMPLEMENTATION
+            elif kernel is None and config._experts_implementation_internal == IMPLEMENTATION:
+                config._experts_implementation_internal = inner.__dict__.pop("_moesaic_before", "grouped_mm")
+
+
+def _is_interface(module: nn.Module) -> bool:
+    """Whether transformers' experts interface runs a module."""
+    return "_is_expert_parallel" in module.__dict__ and "has_gate" in module.__dict__
+
+
+def _native_class(module: nn.Module) -> type[nn.Module]:
+    if isinstance(module, Adopted):
+        return type(module).native_class
+    return type(module)
+
+
+def _new_model(native: type[PreTrainedModel]) -> PreTrainedModel:
+    made: type[PreTrainedModel] = adopted_model_class(native)
+    return made.__new__(made)

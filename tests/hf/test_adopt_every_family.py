@@ -1,0 +1,196 @@
+"""Every Mixture-of-Experts family of transformers, adopted: same outputs, same gradients, true rows, balance, saving."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moesaic as mz
+from moesaic import hf
+from moesaic.core.errors import ConfigError
+from moesaic.telemetry import RoutingTrace
+from tests.hf.families import ALSO, FAMILIES, VARIANTS, Tiny, choices, tiny, written_for_this_transformers
+
+pytestmark = [written_for_this_transformers, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+# transformers sends every token of NLLB-MoE to experts 0 and 1, whatever its router chose: rows are what runs.
+NOT_AS_CHOSEN = ("nllb_moe",)
+# Nothing that is learned chooses here.
+GIVEN = ("vitpose_backbone", "vitpose")
+# Its generate is a denoising loop that needs more than a prompt.
+OWN_GENERATE = ("diffusion_gemma",)
+
+
+@cache
+def built(name: str) -> Tiny:
+    return tiny(name)
+
+
+def fresh(name: str) -> Tiny:
+    made = built(name)
+    return Tiny(**{**vars(made), "model": copy.deepcopy(made.model)})
+
+
+def main_output(output) -> Tensor:
+    for name in ("logits", "last_hidden_state", "feature_maps", "heatmaps"):
+        value = getattr(output, name, None)
+        if value is not None:
+            return value[0] if isinstance(value, tuple) else value
+    return output[0]
+
+
+def run(made: Tiny) -> Tensor:
+    return main_output(made.model(**made.inputs))
+
+
+def apart(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the larger of 1 and the largest entry."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS, *ALSO])
+def test_an_adopted_model_computes_and_keeps_what_it_did_before(name):
+    made = fresh(name)
+    with torch.no_grad():
+        before = run(made)
+    weights = {key: value.data_ptr() for key, value in made.model.state_dict().items()}
+    assert mz.adopt(made.model) is made.model
+    with torch.no_grad():
+        assert apart(run(made), before) <= 1e-5
+    assert {key: value.data_ptr() for key, value in made.model.state_dict().items()} == weights
+    hf.release(made.model)
+    with torch.no_grad():
+        assert torch.equal(run(made), before)
+    assert not any(type(part).__module__.startswith("moesaic") for part in made.model.modules())
+    assert not hf.is_sparse(made.model)
+
+
+@pytest.mark.parametrize("name", [name for name in [*FAMILIES, *VARIANTS, *ALSO] if not name.startswith("nllb_moe")])
+def test_a_trace_holds_the_experts_and_weights_that_the_model_itself_used(name):
+    made = fresh(name)
+    expected = choices(made)
+    with torch.no_grad(), mz.record(made.model) as trace:
+        run(made)
+    assert not hf.is_sparse(made.model)  # recording leaves a model of transformers as it was
+    names = trace.metadata.layer_names
+    # JetMoE's attention routes to heads too.
+    assert len([name for name in names if "self_attention" not in name]) == len(expected) == made.num_layers_moe
+    for path, (expert_TK, weight_TK) in expected.items():
+        layer = next(index for index, name in enumerate(names) if path == name or path.startswith(f"{name}."))
+        found = dense(trace.where(trace.layer == layer))
+        wanted = torch.zeros(len(expert_TK), trace.metadata.num_experts[layer])
+        # An id beyond the experts is none: a skip, whose weight is 0.
+        wanted.scatter_add_(1, expert_TK.clamp_max(wanted.shape[1] - 1), weight_TK.float())
+        wanted = wanted[valid(made, path, len(expert_TK))]
+        if name.startswith("vitpose"):
+            wanted = wanted.repeat_interleave(len(found) // len(wanted), dim=0)  # one choice for all of an image
+        assert found.shape == wanted.shape
+        assert apart(found, wanted) <= 1e-6
+
+
+def dense(rows: RoutingTrace) -> Tensor:
+    """Weights by token and expert, tokens in the order of sequence and position; dropped rows count nothing."""
+    _, token = np.unique(rows.sequence.astype(np.int64) << 32 | rows.position, return_inverse=True)
+    (count,) = {rows.metadata.num_experts[layer] for layer in rows.layer}
+    table = torch.zeros(token.max() + 1, count)
+    weight = torch.from_numpy(rows.weight * rows.kept)
+    return table.index_put((torch.from_numpy(token), torch.from_numpy(rows.expert).long()), weight, accumulate=True)
+
+
+def valid(made: Tiny, path: str, num_tokens: int) -> Tensor:
+    """Tokens that are no padding, of those that a layer read: all, or the text or the vision tokens of ERNIE."""
+    inside = "decoder" if made.model.config.is_encoder_decoder and "decoder." in path else ""
+    for name in ("decoder_attention_mask",) if inside else ("attention_mask", "decoder_attention_mask"):
+        mask = made.inputs.get(name)
+        if mask is None or mask.ndim != 2:
+            continue
+        if mask.numel() == num_tokens:
+            return mask.reshape(-1).bool()
+        kinds = made.inputs.get("moe_mm_token_type_ids", made.inputs.get("mm_token_type_ids"))
+        if kinds is not None:
+            mine = kinds.reshape(-1).bool() == ("vision_moe" in path)
+            return mask.reshape(-1).bool()[mine]
+    return torch.ones(num_tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_an_adopted_model_are_those_of_its_own_code(family):
+    made = fresh(family)
+    expected = gradients(made)
+    mz.adopt(made.model)
+    found = gradients(made)
+    assert set(found) == set(expected)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-5 * max(1.0, largest), name
+
+
+def gradients(made: Tiny) -> dict[str, Tensor]:
+    made.model.zero_grad()
+    output = run(made)
+    weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (output * weight).sum().backward()
+    # An expert without tokens has no gradient in some families' own code and zeros in ours.
+    return {
+        name: torch.zeros_like(one) if one.grad is None else one.grad.clone()
+        for name, one in made.model.named_parameters()
+        if one.requires_grad
+    }
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*NOT_AS_CHOSEN, *GIVEN)])
+def test_a_balance_loss_reaches_the_routers_of_every_family(family):
+    made = fresh(family)
+    mz.adopt(made.model, balance={"switch": 0.01})
+    with hf.balance(made.model) as terms:
+        run(made)
+    layers = hf.moe_layers(made.model)
+    moved = [path for path, layer in layers.items() if layer.spec.is_learned]
+    assert moved
+    made.model.zero_grad()
+    terms.total.backward()
+    for path in moved:
+        routers = [
+            weight
+            for name, weight in made.model.get_submodule(path).named_parameters()
+            if not name.startswith(("experts.", "text_moe.experts.", "vision_moe.experts.")) and weight.grad is not None
+        ]
+        assert any(float(weight.grad.abs().max()) > 0 for weight in routers), path
+
+
+def test_balance_is_refused_where_experts_are_not_run_as_chosen():
+    made = fresh("nllb_moe")
+    with pytest.raises(ConfigError, match="experts 0 and 1 only"):
+        mz.adopt(made.model, balance={"switch": 0.01})
+    assert not hf.is_sparse(made.model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adopted_model_saves_as_its_own_family(family, tmp_path):
+    made = fresh(family)
+    kind = type(made.model)
+    with torch.no_grad():
+        before = run(made)
+    mz.adopt(made.model).save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(again) is kind
+    with torch.no_grad():
+        assert apart(main_output(again(**made.inputs)), before) <= 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adopted_model_generates_what_it_did(family):
+    made = fresh(family)
+    if not made.can_generate or family in OWN_GENERATE:
+        pytest.skip(f"{family} does not generate from a prompt alone")
+    ask = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    inputs = {name: value for name, value in made.inputs.items() if not name.startswith("decoder_")}
+    with torch.no_grad():
+        before = made.model.generate(**inputs, **ask)
+        mz.adopt(made.model)
+        assert torch.equal(made.model.generate(**inputs, **ask), before)
