@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moesaic.balance import BiasRule, LossTerm, Rule, named
+from moesaic.balance import BalanceTerm, BiasRule, LossTerm, Rule, check, named
 from moesaic.core.errors import ConfigError
 from moesaic.hf.config import made_once
 from moesaic.hf.framed import FramedModel, framed_forward, keep_frames_in
 from moesaic.hf.native.check import check_module, check_router, compare_outputs
 from moesaic.hf.native.experts import IMPLEMENTATION, Form, experts_forward, form_of
+from moesaic.hf.native.found import Found, find, is_interface, native_class, row_of
 from moesaic.hf.native.router import Adopted, AdoptedRouter, Adoption, adopted_class
+from moesaic.hf.native.rows import ROWS
+from moesaic.hf.native.spec_router import RoutedOnly, SpecRouter
 from moesaic.hf.native.surgery import SURGERY, choices
-from moesaic.hf.native.table import ROWS, Row, attribute
+from moesaic.hf.native.table import attribute
 from moesaic.kernels.grouped_ffn import require_known
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,23 +40,6 @@ class AdoptedModel(FramedModel):  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _new_model, (type(self).dense_class,), self.__dict__
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """A module to adopt.
-
-    Attributes:
-        path: of the module.
-        module: itself.
-        block: the module around it.
-        native: its class in transformers.
-    """
-
-    path: str
-    module: nn.Module
-    block: nn.Module
-    native: type[nn.Module]
 
 
 def adopt(
@@ -87,13 +73,13 @@ def adopt(
     """
     if kernel is not None:
         require_known(kernel)
-    routers, others, interface = _find(model)
+    routers, others, interface = find(model)
     terms = named(balance or {})
     adoptions = {one.module: _adoption(one, terms, float32_router) for one in routers}
     for one in routers:
         _check(one, adoptions[one.module])
     if terms:
-        _check_model_balance(model, terms)
+        _check_balance(model, terms, adoptions)
     forms = {one.module: form_of(one.module, kernel) for one in interface} if kernel is not None else {}
     for one in interface:
         if kernel is not None:
@@ -101,7 +87,7 @@ def adopt(
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for part in models:
         keep_frames_in(part)
-    _operate(routers, others, adoptions, kernel)
+    _operate(model, routers, others, adoptions, kernel)
     for module, form in forms.items():
         module.__dict__["_moesaic"] = form
     _choose_implementation(models, kernel)
@@ -130,7 +116,7 @@ def release(model: Model) -> Model:
 
 def is_native_mixture(model: nn.Module) -> bool:
     """Whether a model has MoE layers of transformers that could be, or are, adopted."""
-    return any(_native_class(part).__name__ in ROWS for part in model.modules())
+    return any(native_class(part).__name__ in ROWS for part in model.modules())
 
 
 def kernel_reports(model: nn.Module) -> dict[str, str]:
@@ -157,55 +143,8 @@ def adopted_model_class(native: type[PreTrainedModel]) -> type[Any]:
     return type(native.__name__, (AdoptedModel, native), namespace)
 
 
-def _find(model: nn.Module) -> tuple[list[Found], list[Found], list[Found]]:
-    """Modules that report routings; others that change class; experts that transformers' interface reaches."""
-    routers: list[Found] = []
-    others: list[Found] = []
-    interface: list[Found] = []
-    modules = dict(model.named_modules())
-    for path, module in modules.items():
-        native = _native_class(module)
-        found = Found(path=path, module=module, block=modules[path.rpartition(".")[0]], native=native)
-        surgery = SURGERY.get(native.__name__)
-        if surgery is not None:
-            (others if surgery.reads is None else routers).append(found)
-        elif native.__name__ in ROWS and ROWS[native.__name__].parts:
-            routers.append(found)
-        elif _is_interface(module):
-            interface.append(found)
-    if not routers:
-        _refuse(model, interface)
-    described = {one.block for one in routers}
-    for one in interface:
-        # The router stands beside its experts.
-        if one.block not in described:
-            _refuse(model, [one])
-    return routers, others, interface
-
-
-def _refuse(model: nn.Module, undescribed: list[Found]) -> None:
-    if undescribed:
-        one = undescribed[0]
-        beside = ", ".join(type(part).__name__ for name, part in one.block.named_children() if part is not one.module)
-        raise ConfigError(
-            f"adopt needs routers that Moesaic can describe, got experts ({one.native.__name__}) at {one.path} with "
-            f"none of them beside ({beside or 'nothing is there'}). Use a family of the table in docs/families.md."
-        )
-    raise ConfigError(
-        f"adopt needs a transformers model with MoE layers, got {type(model).__name__} without one that is known. "
-        "Make a dense model sparse with moesaic.sparsify; the families are in docs/families.md."
-    )
-
-
-def _row(one: Found) -> tuple[nn.Module, Row]:
-    """The module whose attributes are read, and how."""
-    surgery = SURGERY.get(one.native.__name__)
-    router = one.module if surgery is None or not surgery.reads else attribute(one.module, surgery.reads)
-    return router, ROWS[_native_class(router).__name__]
-
-
 def _adoption(one: Found, terms: tuple[Any, ...], float32: bool) -> Adoption:
-    router, row = _row(one)
+    router, row = row_of(one)
     block = one.block if router is one.module else one.module
     spec = row.spec_of(router, block)
     if float32 and (spec.policy == "sparsemixer" or row.logits is None or one.native.__name__ == "DogeCDMoE"):
@@ -230,7 +169,7 @@ def _adoption(one: Found, terms: tuple[Any, ...], float32: bool) -> Adoption:
 
 
 def _check(one: Found, adoption: Adoption) -> None:
-    router, row = _row(one)
+    router, row = row_of(one)
     if row.parts:
         check_router(router, one.block, row, one.path)
     for rule in adoption.rules:
@@ -251,13 +190,24 @@ def _check(one: Found, adoption: Adoption) -> None:
         )
 
 
-def _check_model_balance(model: nn.Module, terms: tuple[Any, ...]) -> None:
+def _check_balance(model: nn.Module, terms: tuple[BalanceTerm, ...], adoptions: Mapping[nn.Module, Adoption]) -> None:
+    """Refuse terms that would do nothing, or that the model has already."""
     own = [part for part in model.modules() if getattr(getattr(part, "config", None), "output_router_logits", False)]
     if own and any(isinstance(term, LossTerm) for term in terms):
         raise ConfigError(
             "The model adds a balance loss of its own, pooled over layers, since its config has "
             "output_router_logits=True; with balance it would be balanced twice. Set it to False."
         )
+    # The factors of experts and shared gates change weights, which only SpecRouter's makers know; choices stay.
+    plain = {replace(one.spec, expert_scale=False, shared_gates=0) for one in adoptions.values() if one.spec.is_learned}
+    if not plain:
+        raise ConfigError(
+            "Balance needs routers that choose by learned scores, got a model whose choices are all fixed. Leave "
+            "balance out."
+        )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        for spec in plain:
+            check(terms, RoutedOnly(SpecRouter(8, spec)), 8)
 
 
 def _try_interface(one: Found, form: Form) -> None:
@@ -295,42 +245,45 @@ def _tokens(module: Any, form: Form | None = None, width: int | None = None) -> 
 
 
 def _operate(
-    routers: list[Found], others: list[Found], adoptions: Mapping[nn.Module, Adoption], kernel: str | None
+    model: nn.Module,
+    routers: list[Found],
+    others: list[Found],
+    adoptions: Mapping[nn.Module, Adoption],
+    kernel: str | None,
 ) -> None:
-    """Change classes; try each where its family has no interface, and take all back if one computes otherwise."""
-    before = {one.module: (one.module.__class__, one.module.__dict__.get("_moesaic")) for one in [*routers, *others]}
-    holders: dict[nn.Module, Any] = {}
+    """Change classes, try what no interface reaches, and take all back if one computes otherwise."""
+    before = {part: (part.__class__, part.__dict__.get("_moesaic")) for part in model.modules()}
     try:
         for one in [*others, *routers]:
-            surgery = SURGERY.get(one.native.__name__)
-            if surgery is None or surgery.reads is not None:
-                one.module.__dict__["_moesaic"] = adoptions[one.module]
-                for rule in adoptions[one.module].rules:
-                    if isinstance(rule, BiasRule):
-                        _keep_exact(one)
-            if surgery is not None and surgery.form is not None:
-                if kernel is None and surgery.reads is None:
-                    continue  # its experts stay as they are
-                holder = attribute(one.module, surgery.holder) if surgery.holder else one.module
-                holders.setdefault(holder, holder.__dict__.get("_moesaic"))
-                holder.__dict__.pop("_moesaic", None) if kernel is None else holder.__dict__.__setitem__(
-                    "_moesaic", surgery.form(holder, kernel)
-                )
-            kind = AdoptedRouter if surgery is None else surgery.kind
-            one.module.__class__ = adopted_class(one.native, kind)
+            _change(one, adoptions.get(one.module), kernel)
         for one in [*others, *routers]:
             _try_surgery(one, kernel)
     except BaseException:
-        for module, (kind_before, kept) in before.items():
-            module.__class__ = kind_before
-            module.__dict__.pop("_moesaic", None)
+        for part, (kind, kept) in before.items():
+            part.__class__ = kind
+            part.__dict__.pop("_moesaic", None)
             if kept is not None:
-                module.__dict__["_moesaic"] = kept
-        for holder, kept in holders.items():
-            holder.__dict__.pop("_moesaic", None)
-            if kept is not None:
-                holder.__dict__["_moesaic"] = kept
+                part.__dict__["_moesaic"] = kept
         raise
+
+
+def _change(one: Found, adoption: Adoption | None, kernel: str | None) -> None:
+    """Give one module our class, and what goes with it."""
+    surgery = SURGERY.get(one.native.__name__)
+    if adoption is not None:
+        one.module.__dict__["_moesaic"] = adoption
+        if any(isinstance(rule, BiasRule) for rule in adoption.rules):
+            _keep_exact(one)
+    if surgery is not None and surgery.form is not None:
+        holder = attribute(one.module, surgery.holder) if surgery.holder else one.module
+        if kernel is not None:
+            holder.__dict__["_moesaic"] = surgery.form(holder, kernel)
+        elif surgery.reads is None:  # nothing but experts, which stay transformers'
+            one.module.__class__ = one.native
+            return
+        else:
+            holder.__dict__.pop("_moesaic", None)
+    one.module.__class__ = adopted_class(one.native, AdoptedRouter if surgery is None else surgery.kind)
 
 
 def _try_surgery(one: Found, kernel: str | None) -> None:
@@ -350,7 +303,7 @@ def _width(one: Found) -> int:
     for name in ("input_size", "hidden_size", "hidden_dim"):  # JetMoE's hidden_size is F
         if isinstance(getattr(module, name, None), int):
             return int(getattr(module, name))
-    router, row = _row(one) if SURGERY[one.native.__name__].reads is not None else (module, None)
+    router, row = row_of(one) if SURGERY[one.native.__name__].reads is not None else (module, None)
     if one.native.__name__ == "VitPoseBackboneMoeMLP":
         return int(module.fc1.in_features)
     assert row is not None
@@ -359,7 +312,7 @@ def _width(one: Found) -> int:
 
 def _keep_exact(one: Found) -> None:
     """Make a selection bias float32: steps of 0.001 vanish in half precision."""
-    router, row = _row(one)
+    router, row = row_of(one)
     assert row.selection_bias is not None
     holder: nn.Module = one.block if row.selection_bias.startswith("block.") else router
     *inside, name = row.selection_bias.removeprefix("block.").split(".")
@@ -377,7 +330,7 @@ def _choose_implementation(models: list[PreTrainedModel], kernel: str | None) ->
     seen = {id(part.config): part for part in models}
     for part in seen.values():
         for inner in part.modules():
-            if not _is_interface(inner):
+            if not is_interface(inner):
                 continue
             config = cast(Any, inner).config
             if kernel is not None and config._experts_implementation_internal != IMPLEMENTATION:
@@ -385,17 +338,6 @@ def _choose_implementation(models: list[PreTrainedModel], kernel: str | None) ->
                 config._experts_implementation_internal = IMPLEMENTATION
             elif kernel is None and config._experts_implementation_internal == IMPLEMENTATION:
                 config._experts_implementation_internal = inner.__dict__.pop("_moesaic_before", "grouped_mm")
-
-
-def _is_interface(module: nn.Module) -> bool:
-    """Whether transformers' experts interface runs a module."""
-    return "_is_expert_parallel" in module.__dict__ and "has_gate" in module.__dict__
-
-
-def _native_class(module: nn.Module) -> type[nn.Module]:
-    if isinstance(module, Adopted):
-        return type(module).native_class
-    return type(module)
 
 
 def _new_model(native: type[PreTrainedModel]) -> PreTrainedModel:

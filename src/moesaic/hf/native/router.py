@@ -217,7 +217,8 @@ def _routing(
             part_T if valid_T is None else valid_T & part_T,
         )
     kept_N = routing.kept_N if kept_TK is None else routing.kept_N & kept_TK.reshape(-1)
-    return replace(routing, sequence_T=context.sequence_T, kept_N=kept_N)
+    extras = spec.extras(logits_TE.device)
+    return replace(routing, sequence_T=context.sequence_T, kept_N=kept_N, extras=extras)
 
 
 def _spread(part_T: Tensor, rows: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class RouterSpec:
 
     def finish(self, raw_TE: Tensor) -> Tensor:
         """Logits of one linear map, capped and multiplied as the family does."""
-        logits_TE = raw_TE.float()
+        logits_TE = _wide(raw_TE)
         if self.softcap > 0:
             logits_TE = torch.tanh(logits_TE / self.softcap) * self.softcap
         return logits_TE if self.multiplier == 1 else logits_TE * self.multiplier
@@ -136,6 +136,10 @@ class RouterSpec:
             return by_TE
         grouped_TE = self.groups.mask(by_TE)
         return grouped_TE if self.masked == -math.inf else grouped_TE.masked_fill(grouped_TE.isneginf(), 0)
+
+    def extras(self, device: torch.device) -> dict[str, Tensor]:
+        """What a routing tells beside its rows: the group of each expert, where groups are limited."""
+        return {} if self.groups is None else self.groups.devices(self.num_experts, self.top_k, device)
 
     def weights(
         self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, scale_E: Tensor | None = None
