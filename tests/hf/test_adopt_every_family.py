@@ -1,4 +1,4 @@
-"""Every Mixture-of-Experts family of transformers, adopted: same outputs, same gradients, true rows, balance, saving."""
+"""Every Mixture-of-Experts family of transformers, adopted: same outputs and gradients, true rows, balance, saving."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def apart(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1))
 
 
+@pytest.mark.family_column("adopt", "name")
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS, *ALSO])
 def test_an_adopted_model_computes_and_keeps_what_it_did_before(name):
     made = fresh(name)
@@ -70,6 +71,7 @@ def test_an_adopted_model_computes_and_keeps_what_it_did_before(name):
     assert not hf.is_sparse(made.model)
 
 
+@pytest.mark.family_column("record", "name")
 @pytest.mark.parametrize("name", [name for name in [*FAMILIES, *VARIANTS, *ALSO] if not name.startswith("nllb_moe")])
 def test_a_trace_holds_the_experts_and_weights_that_the_model_itself_used(name):
     made = fresh(name)
@@ -118,6 +120,7 @@ def valid(made: Tiny, path: str, num_tokens: int) -> Tensor:
     return torch.ones(num_tokens, dtype=torch.bool)
 
 
+@pytest.mark.family_column("adopt", "family")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_an_adopted_model_are_those_of_its_own_code(family):
     made = fresh(family)
@@ -143,6 +146,7 @@ def gradients(made: Tiny) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.family_column("balance", "family")
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*NOT_AS_CHOSEN, *GIVEN)])
 def test_a_balance_loss_reaches_the_routers_of_every_family(family):
     made = fresh(family)
@@ -170,6 +174,7 @@ def test_balance_is_refused_where_experts_are_not_run_as_chosen():
     assert not hf.is_sparse(made.model)
 
 
+@pytest.mark.family_column("adopt", "family")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adopted_model_saves_as_its_own_family(family, tmp_path):
     made = fresh(family)
@@ -183,6 +188,7 @@ def test_an_adopted_model_saves_as_its_own_family(family, tmp_path):
         assert apart(main_output(again(**made.inputs)), before) <= 1e-6
 
 
+@pytest.mark.family_column("adopt", "family")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adopted_model_generates_what_it_did(family):
     made = fresh(family)
@@ -194,3 +200,19 @@ def test_an_adopted_model_generates_what_it_did(family):
         before = made.model.generate(**inputs, **ask)
         mz.adopt(made.model)
         assert torch.equal(made.model.generate(**inputs, **ask), before)
+
+
+@pytest.mark.family_column("record", "name")
+@pytest.mark.parametrize("name", NOT_AS_CHOSEN)
+def test_rows_of_nllb_moe_are_what_transformers_runs(name):
+    made = fresh(name)
+    gates = choices(made)
+    with torch.no_grad(), mz.record(made.model) as trace:
+        run(made)
+    rows = trace.where(trace.layer == 0)
+    first_TK = next(iter(gates.values()))[1]  # the router's two gates, the larger first
+    mask = made.inputs["attention_mask"].reshape(-1).bool()
+    found = dense(rows)
+    assert set(rows.expert[rows.kept]) == {0, 1}
+    # Expert 1 gets the first choice's gate and expert 0 the second's, whichever experts they were.
+    assert apart(found[:, :2].sort(dim=-1, descending=True).values, first_TK[mask]) <= 1e-6

@@ -68,7 +68,7 @@ def framed_forward(dense: type[PreTrainedModel]) -> Callable[..., Any]:
         ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
         if ids is None and embeds is None:  # a decoder that names its own input so
             ids, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask", mask)
-        with entered(self, mask, ids, embeds) as sink:
+        with entered(self, mask, ids, embeds, given.get("past_key_values")) as sink:
             output = dense_forward(self, *args, **kwargs)
         if sink is None:
             return output

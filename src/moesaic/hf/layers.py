@@ -14,6 +14,7 @@ from moesaic.hf.block import SparseBlock
 from moesaic.hf.native.blocks import JetMoeGate
 from moesaic.hf.native.layer import NativeLayer
 from moesaic.hf.native.router import AdoptedRouter, Reporter
+from moesaic.hf.wrapped import plain_path
 from moesaic.recipes.recipe import Layer
 from moesaic.telemetry.summary import RoutingSummary
 
@@ -23,7 +24,10 @@ Block = SparseBlock | Reporter
 
 def blocks(model: nn.Module) -> dict[str, Block]:
     """What reports the routing of each MoE layer, by the layer's module path, in depth order."""
-    return {_layer_path(path, part): part for path, part in model.named_modules() if isinstance(part, Block)}
+    # Where PEFT trains a copy of a router, both have one path, and the copy, which comes last, is the one that runs.
+    return {
+        _layer_path(plain_path(path), part): part for path, part in model.named_modules() if isinstance(part, Block)
+    }
 
 
 def moe_layers(model: nn.Module) -> dict[str, Layer | NativeLayer]:

@@ -130,7 +130,7 @@ class _Recorder:
         sequence_T = sequence_T if routing.sequence_T is None else routing.sequence_T
         num_sequences = int(sequence_T.max()) + 1 if routing.num_tokens else 0
         num_positions = routing.num_tokens // max(num_sequences, 1)
-        before_B1 = tokens_before(frame.attention_mask, num_positions)
+        before_B1 = tokens_before(frame, num_sequences, num_positions)
         if frame.sink is not self.forward:
             self.forward = frame.sink
             self.numbers.begin(continues=before_B1 is not None)

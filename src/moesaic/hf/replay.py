@@ -85,7 +85,7 @@ class _Forward:
         sequence_T = sequence_T if context.sequence_T is None else context.sequence_T
         valid_T = torch.ones(num_tokens, dtype=torch.bool, device=device) if valid_T is None else valid_T
         num_sequences = int(sequence_T.max()) + 1 if num_tokens else 0
-        before_B1 = tokens_before(frame.attention_mask, num_tokens // max(num_sequences, 1))
+        before_B1 = tokens_before(frame, num_sequences, num_tokens // max(num_sequences, 1))
         if self.first is None:
             self.first = self.replayed.numbers.begin(continues=before_B1 is not None)
         self.replayed.numbers.see(num_sequences)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from moesaic.balance import LossTerm
 from moesaic.core.context import Context
@@ -61,6 +62,7 @@ class Frame:
         attention_mask: of the stack that runs now; (B, past + P), nonzero where a token is.
         input_ids: of the stack that runs now.
         shape_BP: sequences and positions of the stack that runs now; None where its input does not tell.
+        past: tokens that a cache holds of each sequence, padding counted, of the stack that runs now.
         domains: which domain each sequence of the batch belongs to, or all of them.
         below: logits of the MoE layer before, in the stack that runs now; None outside of any.
         balance_wanted: blocks whose balance losses a listener asked for.
@@ -73,6 +75,7 @@ class Frame:
     attention_mask: Any = None
     input_ids: Tensor | None = None
     shape_BP: tuple[int, int] | None = None
+    past: int = 0
     domains: int | Tensor | None = None
     below: Below | None = None
     balance_wanted: frozenset[nn.Module] = frozenset()
@@ -195,7 +198,11 @@ def current_frame() -> Frame:
 
 @contextmanager
 def entered(
-    model: nn.Module, attention_mask: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    model: nn.Module,
+    attention_mask: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None = None,
+    cache: Any = None,
 ) -> Iterator[Sink | None]:
     """Run a forward of ``model`` in a frame of its own.
 
@@ -204,13 +211,22 @@ def entered(
     """
     outer, read = _FRAME.get(), input_ids if inputs_embeds is None else inputs_embeds
     shape_BP = (read.shape[0], read.shape[1]) if isinstance(read, Tensor) and read.ndim > 1 else None
+    # Asked before the forward writes its own tokens into the cache.
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     if outer.belongs_to(model):
         if outer.shares_tokens(shape_BP):
             # A stack within a stack reads the same tokens: what it is not told, or is told in another form, it knows.
             told = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
             attention_mask = attention_mask if told else outer.attention_mask
             input_ids = outer.input_ids if input_ids is None else input_ids
-        frame = replace(outer, attention_mask=attention_mask, input_ids=input_ids, shape_BP=shape_BP, below=Below())
+        frame = replace(
+            outer,
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            shape_BP=shape_BP,
+            past=past,
+            below=Below(),
+        )
     else:
         # A whole forward that runs in backward is recomputed by somebody: it has been listened to.
         again = _in_backward()
@@ -220,6 +236,7 @@ def entered(
             attention_mask=attention_mask,
             input_ids=input_ids,
             shape_BP=shape_BP,
+            past=past,
             domains=_DOMAINS.get(),
             below=Below(),
             balance_wanted=frozenset(
@@ -306,16 +323,18 @@ class SequenceNumbers:
         self.next = max(self.next, self.first + num_sequences)
 
 
-def tokens_before(mask: object, num_positions: int) -> Tensor | None:
+def tokens_before(frame: Frame, num_sequences: int, num_positions: int) -> Tensor | None:
     """How many tokens of each sequence a cache holds, (B, 1); None if there is no cache."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] <= num_positions:
-        return None
-    return (mask[:, : mask.shape[1] - num_positions] != 0).sum(dim=1, keepdim=True)
+    mask = frame.attention_mask
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > num_positions:
+        return (mask[:, : mask.shape[1] - num_positions] != 0).sum(dim=1, keepdim=True)
+    return torch.full((num_sequences, 1), frame.past) if frame.past else None
 
 
 def positions(valid_BP: Tensor, before_B1: Tensor | None) -> Tensor:
     """The place of each token in its sequence, padding not counted (B, P)."""
-    return (valid_BP.cumsum(dim=1) - 1).clamp_min(0) + (0 if before_B1 is None else before_B1)
+    place_BP = (valid_BP.cumsum(dim=1) - 1).clamp_min(0)
+    return place_BP if before_B1 is None else place_BP + before_B1.to(place_BP.device)
 
 
 @contextmanager

@@ -117,16 +117,16 @@ class TraceStream(TraceWriter):
     Args:
         metadata: as of :class:`TraceWriter`.
         path: of the file; what stands there stays until :meth:`close`.
-        rows_held: choices to gather before they are written.
+        rows_held: choices to gather before they are written; None for about a million.
     Raises:
         BackendError: if pyarrow is not installed.
         CheckpointError: if the file cannot be written.
     """
 
-    def __init__(self, metadata: TraceMetadata, path: Path, rows_held: int = _ROWS_HELD) -> None:
+    def __init__(self, metadata: TraceMetadata, path: Path, rows_held: int | None = None) -> None:
         super().__init__(metadata)
         self.path = path
-        self.rows_held = rows_held
+        self.rows_held = _ROWS_HELD if rows_held is None else rows_held
         self._pa, self._parquet = pyarrow_modules()
         self._held = ExitStack()
         try:
@@ -169,6 +169,8 @@ class TraceStream(TraceWriter):
     def discard(self) -> None:
         """Forget everything; what stood at the path stays."""
         super().discard()
+        with suppress(OSError):
+            self._file.close()
         with suppress(_Discarded), self._held:
             raise _Discarded
 

@@ -23,6 +23,7 @@ from moesaic.hf.native.rows import ROWS
 from moesaic.hf.native.spec_router import RoutedOnly, SpecRouter
 from moesaic.hf.native.surgery import SURGERY, choices
 from moesaic.hf.native.table import attribute
+from moesaic.hf.wrapped import is_wrapped
 from moesaic.kernels.grouped_ffn import require_known
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -276,7 +277,7 @@ def _change(one: Found, adoption: Adoption | None, kernel: str | None) -> None:
             _keep_exact(one)
     if surgery is not None and surgery.form is not None:
         holder = attribute(one.module, surgery.holder) if surgery.holder else one.module
-        if kernel is not None:
+        if kernel is not None and not is_wrapped(holder):
             holder.__dict__["_moesaic"] = surgery.form(holder, kernel)
         elif surgery.reads is None:  # nothing but experts, which stay transformers'
             one.module.__class__ = one.native

@@ -13,6 +13,7 @@ from moesaic.core.plan import Plan
 from moesaic.hf.native.experts import Form, run
 from moesaic.hf.native.router import Adopted, Decision, Reporter
 from moesaic.hf.scope import current_frame, resumed
+from moesaic.hf.wrapped import is_wrapped
 
 
 class DbrxBlock(Reporter):
@@ -146,6 +147,9 @@ class JetMoeExperts(Adopted):
     def forward(self, layer_input: Tensor) -> Tensor:
         """Route, run the experts, add the bias."""
         me: Any = self
+        if is_wrapped(me.input_linear) or is_wrapped(me.output_linear):
+            # Adapters change what the two compute, not the weights that they show.
+            return cast(Tensor, super().forward(layer_input))
         x_TD = layer_input.reshape(-1, layer_input.shape[-1])
         order_N, _, weight_N, load, _ = me.router(x_TD)
         expert_N = torch.arange(len(load), device=x_TD.device).repeat_interleave(torch.tensor(load, device=x_TD.device))

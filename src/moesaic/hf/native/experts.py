@@ -185,45 +185,46 @@ class AdoptedExperts(Adopted):
 
 def longcat_form(experts: Any, kernel: str) -> Form:
     """LongCat-Flash: ids beyond the routed experts give the token back."""
+    activation, count = _named(experts.act_fn), experts.zero_expert_num
+    return Form(kernel=kernel, activation=activation, views=_longcat_views, null_experts=count)
 
-    def views(module: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        # The first weight has room for experts that compute nothing.
-        gate_up_EDF = module.gate_up_proj[: module.num_routed_experts].transpose(1, 2)
-        gate_EDF, up_EDF = gate_up_EDF.chunk(2, dim=-1)
-        return gate_EDF, up_EDF, module.down_proj.transpose(1, 2)
 
-    return Form(kernel=kernel, activation=_named(experts.act_fn), views=views, null_experts=experts.zero_expert_num)
+def _longcat_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    # The first weight has room for experts that compute nothing.
+    gate_up_EDF = experts.gate_up_proj[: experts.num_routed_experts].transpose(1, 2)
+    gate_EDF, up_EDF = gate_up_EDF.chunk(2, dim=-1)
+    return gate_EDF, up_EDF, experts.down_proj.transpose(1, 2)
 
 
 def dbrx_form(experts: Any, kernel: str) -> Form:
     """DBRX: experts one below the other in flat matrices."""
+    return Form(kernel=kernel, activation=_named(experts.mlp.activation_fn), views=_dbrx_views)
 
-    def views(module: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
-        gate_EFD, up_EFD, down_EFD = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
-        return gate_EFD.transpose(1, 2), up_EFD.transpose(1, 2), down_EFD
 
-    return Form(kernel=kernel, activation=_named(experts.mlp.activation_fn), views=views)
+def _dbrx_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    shape = (experts.num_experts, experts.ffn_hidden_size, experts.hidden_size)
+    gate_EFD, up_EFD, down_EFD = (getattr(experts.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
+    return gate_EFD.transpose(1, 2), up_EFD.transpose(1, 2), down_EFD
 
 
 def llama4_form(experts: Any, kernel: str) -> Form:
     """Llama 4: (E, D, 2F) and (E, F, D)."""
+    return Form(kernel=kernel, activation=_named(experts.act_fn), views=_llama4_views)
 
-    def views(module: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        gate_EDF, up_EDF = module.gate_up_proj.chunk(2, dim=-1)
-        return gate_EDF, up_EDF, module.down_proj
 
-    return Form(kernel=kernel, activation=_named(experts.act_fn), views=views)
+def _llama4_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    gate_EDF, up_EDF = experts.gate_up_proj.chunk(2, dim=-1)
+    return gate_EDF, up_EDF, experts.down_proj
 
 
 def jetmoe_form(block: Any, kernel: str) -> Form:
     """JetMoE: two stacks of linear maps in the block."""
+    return Form(kernel=kernel, activation=_named(block.activation), views=_jetmoe_views)
 
-    def views(module: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        gate_EDF, up_EDF = module.input_linear.weight.transpose(1, 2).chunk(2, dim=-1)
-        return gate_EDF, up_EDF, module.output_linear.weight.transpose(1, 2)
 
-    return Form(kernel=kernel, activation=_named(block.activation), views=views)
+def _jetmoe_views(block: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    gate_EDF, up_EDF = block.input_linear.weight.transpose(1, 2).chunk(2, dim=-1)
+    return gate_EDF, up_EDF, block.output_linear.weight.transpose(1, 2)
 
 
 def interface_like_form(experts: Any, kernel: str) -> Form:

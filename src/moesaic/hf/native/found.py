@@ -11,6 +11,7 @@ from moesaic.hf.native.router import Adopted
 from moesaic.hf.native.rows import ROWS
 from moesaic.hf.native.surgery import SURGERY
 from moesaic.hf.native.table import Row, attribute
+from moesaic.hf.wrapped import plain_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ def find(model: nn.Module) -> tuple[list[Found], list[Found], list[Found]]:
     modules = dict(model.named_modules())
     for path, module in modules.items():
         native = native_class(module)
-        found = Found(path=path, module=module, block=modules[path.rpartition(".")[0]], native=native)
+        found = Found(path=path, module=module, block=modules[plain_path(path).rpartition(".")[0]], native=native)
         surgery = SURGERY.get(native.__name__)
         if surgery is not None:
             (others if surgery.reads is None else routers).append(found)

@@ -61,6 +61,14 @@ def _phimoe(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
     return {"jitter": float(cast(float, router.router_jitter_noise))}
 
 
+def _laguna(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
+    return {"softcap": float(cast(float, router.router_logit_softcapping))}
+
+
+def _muse_spark(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
+    return {"multiplier": float(cast(float, router.output_multiplier))}
+
+
 def _zaya(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
     return {"num_experts": cast(int, router.num_router_classes)}
 
@@ -205,7 +213,7 @@ ROWS: Mapping[str, Row] = {
     "LagunaTopKRouter": Row(
         spec=_SIGMOID,
         selection_bias=_BIAS,
-        read=lambda router, _: {"softcap": float(cast(float, router.router_logit_softcapping))},
+        read=_laguna,
     ),
     "Lfm2MoeTopKRouter": Row(
         spec=_SIGMOID | {"eps": 1e-6},
@@ -244,7 +252,7 @@ ROWS: Mapping[str, Row] = {
         selection_bias=_BIAS,
         scale="routed_scaling_factor",
         eps="norm_topk_prob_eps",
-        read=lambda router, _: {"multiplier": float(cast(float, router.output_multiplier))},
+        read=_muse_spark,
     ),
     "NemotronHTopkRouter": _deepseek_v3,
     "NllbMoeTop2Router": Row(
