@@ -151,7 +151,4 @@ class MoELayer(ExactBuffers):
 
     def kernel_report(self) -> str:
         """Which kernel the experts run on, and why."""
-        own_report = getattr(self.experts, "kernel_report", None)
-        if own_report is not None:
-            return cast(str, own_report())
         return kernel_report(self.experts)

@@ -9,7 +9,17 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from moesaic import BackendError, ConfigError, recipes
-from moesaic.hf import balance, check_trains, controllers, domains, lora, moe_layers, sparsify
+from moesaic.hf import (
+    balance,
+    check_trains,
+    controllers,
+    domains,
+    lora,
+    moe_layers,
+    sparsify,
+    train_only,
+    undo_train_only,
+)
 from moesaic.hf.peft.blocks import expert_blocks, modules_of, weights_of
 from tests.hf.families import tiny
 from tests.hf.tiny import OPTIONS, batch, build, recompute
@@ -372,6 +382,11 @@ def test_generate_uses_the_adapter():
             "one that can be adapted. Leave shared out.",
         ),
         (
+            {"r": 4, "target_modules": ["q_proj"]},
+            "r, target_modules of LoraConfig cannot be given beside what lora makes of its own arguments. Use rank, "
+            "alpha, dropout, layers, experts, projections, router, shared and attention.",
+        ),
+        (
             {"dropout": 0.1},
             "dropout must be 0 where PEFT adapts a parameter, got 0.1 and 6 parameters, the first "
             "model.layers.0.mlp.experts.gate_up_proj. Leave dropout out; a smaller rank regularises too.",
@@ -426,10 +441,25 @@ def test_experts_that_two_layers_share_are_refused_until_one_is_named():
     lora(model, layers=[0, 1, 2])
 
 
-def test_a_model_with_adapters_is_refused():
-    adapted = lora(native("mixtral")[0])
-    with pytest.raises(ConfigError, match="lora needs a model without adapters, got a PeftModel"):
-        lora(adapted)
+def test_a_model_that_is_changed_already_is_refused_until_that_is_undone():
+    model, inputs = native("mixtral")
+    adapted = lora(model, rank=2, experts=[1])
+    for call, given in ((lora, adapted), (lora, model), (train_only, model)):
+        with pytest.raises(ConfigError) as error:
+            call(given)
+        prefix = "base_model.model." if given is adapted else ""
+        assert str(error.value) == (
+            f"{call.__name__} needs a model that is as it was loaded, got {type(given).__name__} with "
+            f"{prefix}model.layers.0.mlp.experts changed already. Call merge_and_unload() where it has adapters, "
+            "moesaic.hf.undo_train_only where its experts train, and name everything that shall train in one call."
+        )
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ConfigError, match="check_trains must be told which experts should train"):
+        check_trains(merged, inputs)
+    train_only(merged.requires_grad_(True), experts=[2])
+    with pytest.raises(ConfigError, match="lora needs a model that is as it was loaded"):
+        lora(merged)
+    assert len(check_trains(lora(undo_train_only(merged), rank=2, experts=[0]), inputs).rows) == 9
 
 
 def test_without_peft_the_error_says_how_to_get_it(monkeypatch):
@@ -437,6 +467,16 @@ def test_without_peft_the_error_says_how_to_get_it(monkeypatch):
     with pytest.raises(BackendError) as error:
         lora(native("mixtral")[0])
     assert str(error.value) == "LoRA needs peft, which is not installed. Run: pip install 'moesaic[peft]'"
+
+
+def test_an_older_peft_is_refused(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.20.1")
+    with pytest.raises(BackendError) as error:
+        lora(native("mixtral")[0])
+    assert str(error.value) == (
+        "LoRA on experts needs peft 0.21.2 or newer, got 0.20.1, in which adapters of stacked experts may lie "
+        "otherwise. Run: pip install -U peft"
+    )
 
 
 REFUSED = ("base", "lora-moe", "lory", "mixlora", "mole", "smear")

@@ -165,6 +165,21 @@ def test_experts_that_were_not_chosen_and_would_move_are_found_out():
         check_trains(adapted, inputs, experts=[3])
 
 
+def test_an_expert_that_only_another_batch_would_move_is_found_out():
+    model, inputs = native("mixtral")
+    settings = peft.LoraConfig(r=2, target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"])
+    adapted = peft.get_peft_model(model, settings)
+    check = check_trains(adapted, inputs, layers=[1], projections=["down"])
+    assert [(row.layer, row.expert) for row in check.idle] == [(1, 2)]
+    with pytest.raises(ConfigError) as error:
+        check_trains(adapted, inputs, experts={1: [0, 1, 3, 4, 5, 6, 7]}, projections=["down"])
+    assert str(error.value) == (
+        "Only chosen experts should move, but model.layers.1.mlp.experts.down_proj has an adapter for expert 2 of "
+        "layer 1, which is not one: this batch would not move it, another one would. Choose experts with "
+        "moesaic.hf.lora or moesaic.hf.train_only, which hold the others."
+    )
+
+
 def test_a_stack_that_trains_whole_moves_all_its_experts_by_weight_decay():
     model, inputs = native("mixtral")
     model.requires_grad_(False)

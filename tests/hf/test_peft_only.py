@@ -204,12 +204,8 @@ def test_twice_or_undone_without_need_is_refused():
         "loaded. There is nothing to undo."
     )
     train_only(model, experts=[0])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="train_only needs a model that is as it was loaded, got MixtralForCausalLM"):
         train_only(model, experts=[1])
-    assert str(error.value) == (
-        "train_only needs a transformers model in which nothing has been chosen yet, got MixtralForCausalLM. Call "
-        "moesaic.hf.undo_train_only on it first, or merge its adapters."
-    )
 
 
 # --- routers ----------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ MORE = [
     Setting("base", {"num_experts": 4, "top_k": 1, "assign_tokens": 16}),
     Setting("sinkhorn", {"num_experts": 6, "top_k": 3, "activation": "relu"}),
     Setting("hash", {"num_experts": 3, "top_k": 1, "vocab_size": 50, "seed": 7, "activation": "silu"}),
+    Setting("hash", {"num_experts": 3, "top_k": 1, "vocab_size": 50, "activation": "silu", "gated": True}),
     Setting("thor", {"num_experts": 3, "top_k": 1, "activation": "gelu"}),
     Setting("pangu-sigma", {"num_experts": 6, "top_k": 1, "vocab_size": 60, "num_domains": 2}),
     Setting("pangu-sigma", {"num_experts": 5, "top_k": 1, "vocab_size": 50}),

@@ -32,7 +32,7 @@ def test_nothing_is_dropped_and_only_mod_has_a_loss(name):
 
 PUBLISHED = [
     ("base", {"num_experts": 128, "top_k": 1, "sublayers": 1, "assign_tokens": 1024, "activation": "relu"}),
-    ("hash", {"num_experts": 64, "top_k": 1, "vocab_size": 50_257, "seed": 42, "activation": "relu"}),
+    ("hash", {"num_experts": 64, "top_k": 1, "vocab_size": 50_257, "seed": 42, "activation": "relu", "gated": False}),
     ("thor", {"num_experts": 2, "top_k": 1, "activation": "relu"}),
     ("sinkhorn", {"num_experts": 64, "top_k": 1, "activation": "gelu"}),
     ("expert-choice", {"num_experts": 64, "top_k": 2, "cap": None, "group": "batch", "activation": "gelu"}),

@@ -34,6 +34,7 @@ OTHERS: dict[str, Any] = {
     "expert_dropout": 0.6,
     "gate_init_std": 0.7,
     "gate_network": "linear",
+    "gated": True,
     "group": "sequence",
     "group_size": 7,
     "groups_kept": 1,

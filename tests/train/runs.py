@@ -34,7 +34,7 @@ def timeless(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
 
 
-# Runs in a process of its own. KILL_AT names a function of moesaic.train.checkpoint; its n-th call ends the process as
+# Runs in a process of its own. KILL_AT names a function of moesaic.core.checkpoint; its n-th call ends the process as
 # `kill -9` does, before the function does anything.
 _SCRIPT = """
 import json, os, signal, sys
@@ -42,7 +42,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from moesaic.train import TrainConfig, train
-from moesaic.train import checkpoint, trainer
+from moesaic.core import checkpoint
+from moesaic.train import trainer
 
 home, name, count = sys.argv[3], sys.argv[4], int(sys.argv[5])
 owner = {"checkpoint": checkpoint, "trainer": trainer.MoeTrainer}[home]

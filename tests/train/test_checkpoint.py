@@ -3,8 +3,8 @@ import os
 
 import pytest
 
+from moesaic.core import checkpoint
 from moesaic.core.errors import CheckpointError
-from moesaic.train import checkpoint
 
 
 def save(folder, step, text="weights"):

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from moesaic import hf, recipes
+from moesaic.core import checkpoint
 from moesaic.core.errors import ConfigError
 from moesaic.data import load_tokenizer
-from moesaic.train import checkpoint, folder, history, resume
+from moesaic.train import folder, history, resume
 from moesaic.train.build import build_model
 from moesaic.train.order import SeededOrder
 from tests.tolerances import assert_close

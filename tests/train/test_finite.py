@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from moesaic.core import checkpoint
 from moesaic.data import TokenBlocks, load_corpus, load_tokenizer
-from moesaic.train import FiniteGuard, NotFiniteError, checkpoint, resume, train
+from moesaic.train import FiniteGuard, NotFiniteError, resume, train
 from moesaic.train.build import build_model
 from moesaic.train.finite import first_not_finite
 from moesaic.train.order import collate

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moesaic import recipes
+from moesaic.core import checkpoint
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.train import TrainingStoppedError, checkpoint, resume, state, train
+from moesaic.train import TrainingStoppedError, resume, state, train
 from moesaic.train.trainer import MoeTrainer
 from tests.hf.tiny import options_of
 
@@ -87,7 +88,7 @@ def test_every_recipe_trains_and_goes_on_bit_for_bit(tiny, monkeypatch, recipe):
     ("which", "home", "name", "count"),
     [
         (0, "trainer", "training_step", 11),
-        (1, "checkpoint", "_seal", 3),  # 1 is the tokenizer; 3 the second checkpoint, all its files written
+        (1, "checkpoint", "seal", 3),  # 1 is the tokenizer; 3 the second checkpoint, all its files written
         (0, "checkpoint", "_put_in_place", 3),  # sealed, not renamed
         (1, "checkpoint", "prune", 2),  # renamed, the older ones still there
         (0, "checkpoint", "write_atomically", 1),  # everything done but the summary

@@ -34,6 +34,40 @@ def test_an_optimizer_comes_back_bit_for_bit(tmp_path, fused):
             assert value.dtype == after["state"][index][key].dtype
 
 
+class Named(torch.nn.Module):
+    """The same parameters in one order or the other."""
+
+    def __init__(self, order):
+        super().__init__()
+        for name in order:
+            setattr(self, name, torch.nn.Parameter(torch.randn({"first": 2, "second": 3}[name])))
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def test_state_with_names_finds_its_parameters_in_whatever_order_they_stand(tmp_path):
+    model, turned = Named(["first", "second"]), Named(["second", "first"])
+    saved, loaded = optimizer_of(model), optimizer_of(turned)
+    (model.first.sum() * 2 + model.second.sum() * 3).backward()
+    saved.step()
+    state.save_optimizer(saved, tmp_path, model)
+    state.load_optimizer(loaded, tmp_path, turned)
+    for name in ("first", "second"):
+        before, after = saved.state[getattr(model, name)], loaded.state[getattr(turned, name)]
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not torch.equal(loaded.state[turned.first]["exp_avg"][:1], loaded.state[turned.second]["exp_avg"][:1])
+
+
+def test_state_with_names_of_another_model_is_refused_by_name(tmp_path):
+    model = Named(["first", "second"])
+    state.save_optimizer(optimizer_of(model), tmp_path, model)
+    other = Named(["first"])
+    with pytest.raises(CheckpointError, match=r"1 differ, the first is second\. Resume with"):
+        state.load_optimizer(optimizer_of(other), tmp_path, other)
+
+
 def test_no_pickle_is_written(tmp_path):
     state.save_optimizer(optimizer_after(1, fused=False), tmp_path)
     state.save_rng(tmp_path)

@@ -32,6 +32,9 @@ class BiasedExperts(nn.Module):
     Source: openai/gpt-oss, ``gpt_oss/torch/model.py``.
     """
 
+    # What transformers and PEFT call weights of (experts, inputs, outputs): an adapter's first matrix reads the input.
+    is_transposed = True
+
     def __init__(
         self,
         num_experts: int,

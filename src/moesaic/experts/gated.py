@@ -34,6 +34,9 @@ class GatedExperts(nn.Module):
         ConfigError: if no kernel has the name, or ``weigh`` is neither.
     """
 
+    # What transformers and PEFT call weights of (experts, inputs, outputs): an adapter's first matrix reads the input.
+    is_transposed = True
+
     def __init__(
         self,
         num_experts: int,

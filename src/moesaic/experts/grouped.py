@@ -24,6 +24,11 @@ def pick(kernel: Kernel | str, weight: Tensor) -> Choice:
 
 def kernel_report(experts: nn.Module) -> str:
     """Which kernel some experts run on, and why."""
+    # PEFT wraps experts that it adapts; it is still they who run.
+    experts = getattr(experts, "get_base_layer", lambda: experts)()
+    own_report = getattr(experts, "kernel_report", None)
+    if own_report is not None:
+        return cast(str, own_report())
     kernel = getattr(experts, "kernel", None)
     if kernel is None:
         return f"{type(experts).__name__}: no kernel, each expert runs as its own module"

@@ -28,6 +28,9 @@ class MLPExperts(nn.Module):
         ConfigError: if no kernel has the name.
     """
 
+    # What transformers and PEFT call weights of (experts, inputs, outputs): an adapter's first matrix reads the input.
+    is_transposed = True
+
     def __init__(
         self,
         num_experts: int,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesaic.hf.peft.lora import lora
     from moesaic.hf.peft.only import freeze_routers, train_only, undo_train_only
     from moesaic.hf.recording import record, trace_domain
-    from moesaic.hf.replay import replay
+    from moesaic.hf.replayed import replay
     from moesaic.hf.scope import domains
     from moesaic.hf.watching import BalanceTerms, Seen, balance, observe
 
@@ -52,7 +52,7 @@ _HOME = {
     "observe": "watching",
     "record": "recording",
     "release": "native.adopt",
-    "replay": "replay",
+    "replay": "replayed",
     "sparsify": "convert",
     "trace_domain": "recording",
     "train_only": "peft.only",

@@ -53,7 +53,9 @@ class SparseBlock(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         valid_T, context = frame.tokens(hidden_states)
         if frame.replay is not None:
-            context = replace(context, choice_TK=frame.replay.choices(self, frame, hidden_states))
+            choice_TK = frame.replay.choices(self, frame, hidden_states)
+            # What a replay does not tell is padding, which reaches no expert here.
+            context = replace(context, choice_TK=None if choice_TK is None else choice_TK.clamp_min(0))
         y_TD, routing = self.moe(x_TD, valid_T, context)
         if self.lends_logits:
             frame.lend(routing.logits_TE)

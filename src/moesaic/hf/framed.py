@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moesaic.core.errors import ConfigError
-from moesaic.hf.loss import noting_share, settle, with_balance
+from moesaic.hf.loss import note_share, settle, with_balance
 from moesaic.hf.scope import KeepFrame, current_frame, entered
+from moesaic.hf.uncompiled import uncompiled, uncompiled_itself
 
 
 class FramedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -40,12 +41,18 @@ class FramedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     @property
     def loss_function(self) -> Any:
         """The model's own loss; within a forward it also notes which share of the batch it is divided by."""
-        dense, sink = super().loss_function, current_frame().sink
-        return dense if sink is None else noting_share(dense, sink)
+        return super().loss_function if current_frame().sink is None else self._noting_loss
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
+
+    @uncompiled_itself
+    def _noting_loss(self, *args: Any, **kwargs: Any) -> Any:
+        dense, sink = super().loss_function, current_frame().sink
+        if sink is not None:
+            note_share(sink, dense, args, kwargs)
+        return dense(*args, **kwargs)
 
     @property
     def _is_causal(self) -> bool:
@@ -61,10 +68,16 @@ def framed_forward(dense: type[PreTrainedModel]) -> Callable[..., Any]:
     """The forward of a class of transformers, in a frame of its own, with balance losses in what it returns."""
     dense_forward, signature = dense.forward, inspect.signature(dense.forward)
 
-    # Trainer and generate read the signature to tell what the model accepts: it must stay the dense one.
+    @uncompiled
+    def bound(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
+
+    # Trainer and generate read the signature to tell what the model accepts: it must stay the dense one. What runs
+    # within may be compiled; the frame itself differs from forward to forward.
+    @uncompiled_itself
     @functools.wraps(dense_forward)
     def forward(self: FramedModel, *args: Any, **kwargs: Any) -> Any:
-        given = {**signature.bind_partial(self, *args, **kwargs).arguments, **kwargs}
+        given = bound(self, *args, **kwargs)
         ids, mask, embeds = (given.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds"))
         if ids is None and embeds is None:  # a decoder that names its own input so
             ids, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask", mask)

@@ -94,5 +94,8 @@ def controllers(model: nn.Module) -> list[Steered]:
         paths = [path for path, block in found.items() if rule in block.rules]
         built = rule.build([cast(nn.Module, layers[path]) for path in paths])
         groups = [(path,) for path in paths] if len(built) == len(paths) else [tuple(paths)]
-        steered += [Steered(layers=group, controller=one) for group, one in zip(groups, built, strict=True)]
+        for group, controller in zip(groups, built, strict=True):
+            layer = layers[group[0]]
+            one = layer.pinned(controller) if isinstance(layer, NativeLayer) else controller
+            steered.append(Steered(layers=group, controller=one))
     return steered

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,34 +17,38 @@ from transformers.utils.generic import ModelOutput
 from moesaic.core.errors import ConfigError
 from moesaic.hf.config import made_once
 from moesaic.hf.reports import Sink
+from moesaic.hf.uncompiled import uncompiled
 
 _IGNORED = -100
 """The label of what is not predicted, in transformers."""
 
 
-def noting_share(loss_function: Callable[..., Any], sink: Sink) -> Callable[..., Any]:
-    """The same loss function, which also notes in ``sink`` which share of the batch it is divided by.
+@uncompiled
+def note_share(sink: Sink, loss_function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Note which share of an optimizer step's labels a loss function divides its sum by, if it is told their number.
 
     A loss that is told ``num_items_in_batch`` is a sum over this call's labels divided by the labels of all calls of
     an optimizer step. The balance losses must shrink as it does, and only then: not every model tells its loss.
+
+    Args:
+        sink: where to note it.
+        loss_function: the model's own, about to be called.
+        args: of the call.
+        kwargs: of the call.
     """
-    signature = inspect.signature(loss_function)
-
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
-        num_items, labels, shifted = (given.get(key) for key in ("num_items_in_batch", "labels", "shift_labels"))
-        if num_items is not None and labels is not None:
-            if shifted is not None:
-                labels = shifted
-            elif loss_function is ForCausalLMLoss:
-                labels = labels[..., 1:]
-            num_items = torch.as_tensor(num_items, device=labels.device)
-            sink.share = (labels != _IGNORED).sum() / num_items
-        return loss_function(*args, **kwargs)
-
-    return noting
+    given = {**inspect.signature(loss_function).bind_partial(*args, **kwargs).arguments, **kwargs}
+    num_items, labels, shifted = (given.get(key) for key in ("num_items_in_batch", "labels", "shift_labels"))
+    if num_items is None or labels is None:
+        return
+    if shifted is not None:
+        labels = shifted
+    elif loss_function is ForCausalLMLoss:
+        labels = labels[..., 1:]
+    num_items = torch.as_tensor(num_items, device=labels.device)
+    sink.share = (labels != _IGNORED).sum() / num_items
 
 
+@uncompiled
 def settle(output: Any, sink: Sink, labels: Tensor | None, shift_labels: Tensor | None, *, is_causal: bool) -> None:
     """Work out the balance losses that waited for the model's output.
 
@@ -98,11 +102,22 @@ def token_rewards(output: Any, labels: Tensor | None, shift_labels: Tensor | Non
     return (-nats_BP).masked_fill(target_BP == _IGNORED, math.nan).reshape(-1)
 
 
+@uncompiled
 def with_balance(output: Any, sink: Sink, *, has_labels: bool) -> Any:
-    """A model's output with the balance losses added to its loss, if it has one, and shown beside it."""
+    """A model's output with the balance losses added to its loss, if it has one, and shown beside it.
+
+    Raises:
+        ConfigError: if the model has added a balance loss of its own.
+    """
     balance = sink.balance
     if balance is None:
         return output
+    if has_labels and _has_own_balance(output):
+        raise ConfigError(
+            "The model has added a balance loss of its own to its loss, pooled over layers, since this forward has "
+            "output_router_logits=True; with balance it would be balanced twice. Leave it out: moesaic.hf.observe "
+            "shows the router's logits."
+        )
     if isinstance(output, tuple):
         return (_sum(output[0], sink), *output[1:]) if has_labels else output
     if dataclasses.is_dataclass(output):
@@ -111,6 +126,12 @@ def with_balance(output: Any, sink: Sink, *, has_labels: bool) -> Any:
     if getattr(output, "loss", None) is not None:
         output.loss = _sum(output.loss, sink)
     return output
+
+
+def _has_own_balance(output: Any) -> bool:
+    """Whether an output has a balance loss of transformers; some models have one for each of two stacks."""
+    names = output.keys() if isinstance(output, ModelOutput) else ()
+    return any(name.endswith("aux_loss") and isinstance(output[name], Tensor) for name in names)
 
 
 def _sum(loss: Tensor, sink: Sink) -> Tensor:

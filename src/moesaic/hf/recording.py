@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing
-from moesaic.hf.layers import is_sparse, moe_layers
+from moesaic.hf.layers import moe_layers
 from moesaic.hf.reports import Place, Report, Sink
-from moesaic.hf.scope import Frame, SequenceNumbers, domain_of_each, listening, positions, tokens_before
-from moesaic.hf.watching import detached, places
+from moesaic.hf.scope import Frame, domain_of_each, listening
+from moesaic.hf.sequences import SequenceNumbers, positions, tokens_before
+from moesaic.hf.watching import adopted, detached, places
 from moesaic.telemetry.trace import RoutingTrace, TraceMetadata
 from moesaic.telemetry.writer import TraceStream, TraceWriter
 
@@ -59,7 +60,7 @@ def record(
         BackendError: if ``to`` is given and pyarrow is not installed.
         CheckpointError: if the file cannot be written.
     """
-    with _adopted(model):
+    with adopted(model):
         where = places(model)
         metadata = _metadata(model, tokenizer, domains)
         writer = TraceWriter(metadata) if to is None else TraceStream(metadata, Path(to))
@@ -80,23 +81,6 @@ def record(
                     object.__setattr__(trace, field.name, getattr(complete, field.name))
         if isinstance(writer, TraceStream):
             writer.close(listener.metadata())
-
-
-@contextmanager
-def _adopted(model: nn.Module) -> Iterator[None]:
-    """Adopt a mixture of transformers for a while, its experts untouched; nothing for models that are seen already."""
-    if is_sparse(model):
-        yield
-        return
-    from moesaic.hf.native.adopt import adopt, is_native_mixture, release
-
-    if not is_native_mixture(model):
-        places(model)  # refuses it
-    adopt(model, kernel=None)
-    try:
-        yield
-    finally:
-        release(model)
 
 
 @contextmanager
@@ -136,7 +120,11 @@ class _Recorder:
             self.numbers.begin(continues=before_B1 is not None)
         self.numbers.see(num_sequences)
         self.choices |= set(_rows_of_each(routing).tolist())
-        valid_BP = routing.valid_T.view(num_sequences, num_positions)
+        # A router that reads some of the tokens leaves the others out; they are in the sequence all the same.
+        known = routing.sequence_T is not None
+        valid_T = frame.valid(num_sequences, num_positions, sequence_T.device) if known else routing.valid_T
+        valid_T = torch.ones_like(routing.valid_T) if valid_T is None else valid_T
+        valid_BP = valid_T.view(num_sequences, num_positions)
         ids_T = None if frame.input_ids is None else frame.input_ids.reshape(-1)
         self.writer.add(
             place.index,

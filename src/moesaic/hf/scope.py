@@ -23,6 +23,7 @@ from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.routing import Routing
 from moesaic.hf.reports import Listener, Report, Sink, waits
+from moesaic.hf.uncompiled import uncompiled
 
 
 class Below:
@@ -39,11 +40,18 @@ class Below:
         return Below(self.logits_TE.detach().requires_grad_(self.logits_TE.requires_grad))
 
 
+NOT_GIVEN = -1
+"""The expert of a token in a replay that tells nothing of it."""
+
+
 class Replay(Protocol):
     """Gives routers the choices that they made before."""
 
     def choices(self, block: nn.Module, frame: Frame, hidden_states: Tensor) -> Tensor | None:
-        """The experts of each token of a batch (T, K); None where the block shall choose itself."""
+        """The experts of each token of a batch (T, K), ``NOT_GIVEN`` for one that the router shall choose them for.
+
+        None where it shall for all.
+        """
 
 
 class Replayed(Protocol):
@@ -110,7 +118,7 @@ class Frame:
             domain_T=None if domain_B is None else domain_B.to(sequence_T)[sequence_T],
             below_TE=below_TE,
         )
-        return self._valid(num_sequences, num_positions, hidden_states.device), context
+        return self.valid(num_sequences, num_positions, hidden_states.device), context
 
     def _shape_of(self, hidden_states: Tensor) -> tuple[int, int] | None:
         if hidden_states.ndim == 3:
@@ -119,7 +127,12 @@ class Frame:
             return None
         return self.shape_BP
 
-    def _valid(self, num_sequences: int, num_positions: int, device: torch.device) -> Tensor | None:
+    def valid(self, num_sequences: int, num_positions: int, device: torch.device) -> Tensor | None:
+        """False where a token is padding (T,); None where no mask tells.
+
+        Raises:
+            ShapeError: if the mask belongs to another batch.
+        """
         mask = self.attention_mask
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
@@ -180,6 +193,7 @@ _REPLAY: ContextVar[Replayed | None] = ContextVar("moesaic.hf.replay", default=N
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("moesaic.hf.listeners", default=())
 
 
+@uncompiled
 def current_frame() -> Frame:
     """The forward that is running here; one that knows nothing if none is.
 
@@ -209,7 +223,22 @@ def entered(
     Yields the sink that gathers the reports, or None if ``model`` is part of the model whose forward is running: its
     blocks report there, but under the mask of their own stack.
     """
-    outer, read = _FRAME.get(), input_ids if inputs_embeds is None else inputs_embeds
+    outer = _FRAME.get()
+    frame = _frame_in(outer, model, attention_mask, input_ids, inputs_embeds, cache)
+    with resumed(frame):
+        yield None if frame.sink is outer.sink else frame.sink
+
+
+@uncompiled
+def _frame_in(
+    outer: Frame,
+    model: nn.Module,
+    attention_mask: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    cache: Any,
+) -> Frame:
+    read = input_ids if inputs_embeds is None else inputs_embeds
     shape_BP = (read.shape[0], read.shape[1]) if isinstance(read, Tensor) and read.ndim > 1 else None
     # Asked before the forward writes its own tokens into the cache.
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
@@ -219,7 +248,7 @@ def entered(
             told = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
             attention_mask = attention_mask if told else outer.attention_mask
             input_ids = outer.input_ids if input_ids is None else input_ids
-        frame = replace(
+        return replace(
             outer,
             attention_mask=attention_mask,
             input_ids=input_ids,
@@ -227,26 +256,23 @@ def entered(
             past=past,
             below=Below(),
         )
-    else:
-        # A whole forward that runs in backward is recomputed by somebody: it has been listened to.
-        again = _in_backward()
-        listeners, replayed = () if again else _LISTENERS.get(), _REPLAY.get()
-        frame = Frame(
-            model=model,
-            attention_mask=attention_mask,
-            input_ids=input_ids,
-            shape_BP=shape_BP,
-            past=past,
-            domains=_DOMAINS.get(),
-            below=Below(),
-            balance_wanted=frozenset(
-                block for listener in listeners if listener.wants_balance for block in listener.places
-            ),
-            replay=None if replayed is None else replayed.forward(),
-            sink=Sink(listeners, is_recomputed=again),
-        )
-    with resumed(frame):
-        yield None if outer.belongs_to(model) else frame.sink
+    # A whole forward that runs in backward is recomputed by somebody: it has been listened to.
+    again = _in_backward()
+    listeners, replayed = () if again else _LISTENERS.get(), _REPLAY.get()
+    return Frame(
+        model=model,
+        attention_mask=attention_mask,
+        input_ids=input_ids,
+        shape_BP=shape_BP,
+        past=past,
+        domains=_DOMAINS.get(),
+        below=Below(),
+        balance_wanted=frozenset(
+            block for listener in listeners if listener.wants_balance for block in listener.places
+        ),
+        replay=None if replayed is None else replayed.forward(),
+        sink=Sink(listeners, is_recomputed=again),
+    )
 
 
 @contextmanager
@@ -303,38 +329,6 @@ def replaying(replayed: Replayed) -> Iterator[None]:
         yield
     finally:
         _REPLAY.reset(token)
-
-
-class SequenceNumbers:
-    """Numbers the sequences of forwards, on from each other; steps with a cache go on in those that they began with."""
-
-    def __init__(self) -> None:
-        self.first = 0
-        self.next = 0
-
-    def begin(self, *, continues: bool) -> int:
-        """A new forward; gives the number of its first sequence."""
-        if not continues or not self.next:
-            self.first = self.next
-        return self.first
-
-    def see(self, num_sequences: int) -> None:
-        """A layer of the forward had so many."""
-        self.next = max(self.next, self.first + num_sequences)
-
-
-def tokens_before(frame: Frame, num_sequences: int, num_positions: int) -> Tensor | None:
-    """How many tokens of each sequence a cache holds, (B, 1); None if there is no cache."""
-    mask = frame.attention_mask
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > num_positions:
-        return (mask[:, : mask.shape[1] - num_positions] != 0).sum(dim=1, keepdim=True)
-    return torch.full((num_sequences, 1), frame.past) if frame.past else None
-
-
-def positions(valid_BP: Tensor, before_B1: Tensor | None) -> Tensor:
-    """The place of each token in its sequence, padding not counted (B, P)."""
-    place_BP = (valid_BP.cumsum(dim=1) - 1).clamp_min(0)
-    return place_BP if before_B1 is None else place_BP + before_B1.to(place_BP.device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.routing import Routing
-from moesaic.hf.layers import blocks
+from moesaic.hf.layers import blocks, is_sparse
 from moesaic.hf.reports import Place, Report
 from moesaic.hf.scope import listening
 
@@ -47,6 +47,27 @@ def observe(model: nn.Module, callback: Callable[[Seen], None]) -> Iterator[None
     """
     with listening(_Observer(places(model), callback)):
         yield
+
+
+@contextmanager
+def adopted(model: nn.Module) -> Iterator[None]:
+    """Adopt a mixture of transformers for a while, its experts untouched; nothing for models that are seen already.
+
+    Raises:
+        ConfigError: if the model has no MoE layers, or some that Moesaic cannot describe.
+    """
+    if is_sparse(model):
+        yield
+        return
+    from moesaic.hf.native.adopt import adopt, is_native_mixture, release
+
+    if not is_native_mixture(model):
+        places(model)  # refuses it
+    adopt(model, kernel=None)
+    try:
+        yield
+    finally:
+        release(model)
 
 
 class BalanceTerms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesaic.core.init import normal
-from moesaic.experts import MLPExperts
+from moesaic.experts import GatedExperts, MLPExperts
 from moesaic.kernels.activations import activation as activation_named
 from moesaic.layer import MoELayer
 from moesaic.recipes.recipe import Recipe, drawn, one_choice
@@ -19,6 +19,7 @@ def hash_layer(
     vocab_size: int = 50_257,
     seed: int = 42,
     activation: str = "relu",
+    gated: bool = False,
     init_std: float | None = None,
     kernel: str = "auto",
 ) -> MoELayer:
@@ -34,6 +35,7 @@ def hash_layer(
         vocab_size: of the model's tokenizer; ids beyond it are an error.
         seed: of the random table; the same in every layer unless given.
         activation: of the experts.
+        gated: experts with a gate, as a model with gated networks needs to be upcycled; the paper's have none.
         init_std: 0.02 unless given.
         kernel: of the experts.
     """
@@ -41,7 +43,8 @@ def hash_layer(
     router = HashRouter(num_experts, vocab_size=vocab_size, seed=seed)
     act = activation_named(activation)
     init = drawn(init_std, normal(0.02))
-    experts = MLPExperts(num_experts, width, hidden, activation=act, kernel=kernel, init=init)
+    kind = GatedExperts if gated else MLPExperts
+    experts = kind(num_experts, width, hidden, activation=act, kernel=kernel, init=init)
     return MoELayer(router, experts)
 
 
@@ -60,6 +63,7 @@ y_t = FFN_{table[id_t]}(x_t)""",
         "vocab_size": "GPT-2's; the authors' code (ParlAI) asks the model, as moesaic.sparsify should be told to",
         "seed": "authors' code (ParlAI)",
         "activation": "authors' code (ParlAI)",
+        "gated": "authors' code (ParlAI); True is ours",
     },
     differences=(
         "The paper's best table is balanced over the corpus (23.16 perplexity against 23.22 at random), which needs "

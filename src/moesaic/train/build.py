@@ -14,6 +14,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.routers import DomainHashRouter
 from moesaic.train.backbone import Backbone, twin_hidden
 from moesaic.train.config import TrainConfig
+from moesaic.train.start import first_kind, first_model, freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -69,8 +70,11 @@ def check_models(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, domain
         domains: of its text.
     Raises:
         ConfigError: if the recipe, the backbone or the twin refuses its numbers, or the recipe has experts for fewer
-            domains than the text has.
+            domains than the text has; if the model to go on from does not fit the other settings.
     """
+    if config.init is not None:
+        first_kind(config)
+        return
     with torch.device("meta"):
         for kind in ("moe", "dense") if config.twin else ("moe",):
             _check_domains(build_model(kind, config, tokenizer), config.recipe, domains)
@@ -87,7 +91,16 @@ def _check_domains(model: PreTrainedModel, recipe: str, domains: Sequence[str]) 
 
 
 def build_model(kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Build the untrained MoE, or its dense twin of at least as many active parameters."""
+    """Build the untrained MoE, or its dense twin of at least as many active parameters; or read the one to go on from.
+
+    What is not to be trained is frozen.
+    """
+    model = _build(kind, config, tokenizer) if config.init is None else first_model(config)
+    freeze(model, config.trainable)
+    return model
+
+
+def _build(kind: str, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     from moesaic.hf import active_params, sparsify
 
     backbone = Backbone(

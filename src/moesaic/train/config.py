@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,11 @@ _POSITIVE = ("width", "layers", "steps", "batch_size", "grad_accumulation", "log
 _POSITIVE_OR_AUTO = ("heads", "hidden", "num_experts", "top_k", "eval_every", "eval_tokens", "save_every")
 _NOT_NEGATIVE = ("warmup", "seed", "weight_decay")
 _INDICES = re.compile(r"[0-9]+(,[0-9]+)*")
+# What a model folder says for itself.
+_OF_THE_MODEL = (
+    *("recipe", "tokenizer", "backbone", "width", "layers", "moe_layers", "heads", "hidden", "num_experts", "top_k"),
+    *("options", "aux_coefficients", "balance", "init_std", "twin"),
+)
 _WHOLE = (*_POSITIVE, *_POSITIVE_OR_AUTO, "warmup", "seed", "context")
 
 
@@ -35,6 +40,9 @@ class TrainConfig:
 
     Args:
         out: the run folder.
+        init: a model folder, such as ``moesaic convert`` writes, or a run folder, to go on from: its model with its
+            weights in float32, and its tokenizer. Settings of the model are then the folder's and must be left out.
+        trainable: a regular expression; parameters are frozen unless it is found in their names. None to train all.
         recipe: a name from ``moesaic.recipes.names()``.
         data: ``builtin``, or a text file, JSON lines, Parquet or folder.
         tokenizer: ``bytes``, ``bpe:SIZE`` or a tokenizer folder.
@@ -77,6 +85,8 @@ class TrainConfig:
     """
 
     out: Path
+    init: str | None = None
+    trainable: str | None = None
     recipe: str = "mixtral"
     data: str = "builtin"
     tokenizer: str = "bytes"
@@ -113,14 +123,17 @@ class TrainConfig:
         _fill(self, "out", Path(self.out))
         self._check_numbers()
         self._check_choices()
-        self._check_backbone()
-        _default(self, "hidden", 2 * self.width)
-        _default(self, "init_std", 0.02 * max(1.0, math.sqrt(768 / self.width)))
+        if self.init is None:
+            self._check_backbone()
+            _default(self, "hidden", 2 * self.width)
+            _default(self, "init_std", 0.02 * max(1.0, math.sqrt(768 / self.width)))
+            self._check_layer()
+        else:
+            self._check_nothing_of_the_model()
         _default(self, "warmup", self.steps // 20)
         _default(self, "eval_every", max(1, self.steps // 10))
         _default(self, "eval_tokens", 16384)
         _default(self, "save_every", max(1, self.steps // 5))
-        self._check_layer()
         if self.warmup is not None and self.warmup >= self.steps:
             raise ConfigError(
                 f"warmup must be shorter than steps={self.steps}, got {self.warmup}. Lower warmup, or train longer."
@@ -157,6 +170,25 @@ class TrainConfig:
             )
         if self.tokenizer == "":
             raise ConfigError("tokenizer must be bytes, bpe:SIZE or a folder, got an empty name. Use bytes.")
+
+        if self.trainable is not None:
+            try:
+                re.compile(self.trainable)
+            except re.error as error:
+                raise ConfigError(
+                    f"trainable must be a regular expression, got {self.trainable!r}: {error}. Write for example "
+                    "trainable=experts."
+                ) from error
+
+    def _check_nothing_of_the_model(self) -> None:
+        defaults = {item.name: _default_of(item) for item in fields(self)}
+        for name in _OF_THE_MODEL:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ConfigError(
+                    f"with init the model is the one in {self.init}, got {name}={value!r} too. Leave {name} out, or "
+                    "convert the model first."
+                )
 
     def _check_layer(self) -> None:
         """Build one layer without memory, so that a recipe's own refusals come before any file is touched."""
@@ -221,9 +253,10 @@ class TrainConfig:
         values["options"] = dict(self.options)
         values["aux_coefficients"] = dict(self.aux_coefficients)
         values["balance"] = None if self.balance is None else dict(self.balance)
-        for name in ("data", "tokenizer"):
-            if Path(values[name]).exists() and values[name] not in ("builtin", "bytes"):
-                values[name] = str(Path(values[name]).resolve())
+        for name in ("data", "tokenizer", "init"):
+            value = values[name]
+            if value not in ("builtin", "bytes", None) and Path(value).exists():
+                values[name] = str(Path(value).resolve())
         return values
 
     @classmethod
@@ -241,6 +274,10 @@ class TrainConfig:
                     "Correct the name, or use the version of Moesaic that wrote the run."
                 )
         return cls(**{**settings, "out": out})
+
+
+def _default_of(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def _fill(config: TrainConfig, name: str, value: Any) -> None:

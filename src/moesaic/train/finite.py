@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moesaic.core.checkpoint import describe_last
 from moesaic.core.errors import MoesaicError
 from moesaic.train import ranks
-from moesaic.train.checkpoint import describe_last
 
 
 class NotFiniteError(MoesaicError):

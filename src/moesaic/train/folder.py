@@ -11,15 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.checkpoint import write_atomically
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.train import ranks
-from moesaic.train.checkpoint import write_atomically
 from moesaic.train.config import FREE_TO_CHANGE, TrainConfig
 
 RUN, SUMMARY, HISTORY = "run.json", "summary.json", "history.jsonl"
 CHECKPOINTS, MODEL, TOKENIZER, BOARD = "checkpoints", "model", "tokenizer", "tensorboard"
 KINDS = ("moe", "dense", "pair")
 FORMAT_VERSION = 1
+# In run.json of a run that moesaic convert has written: the model is that of the newest checkpoint, not of settings.
+OWN_MODEL = "own_model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +150,8 @@ def read(folder: Path) -> Run:
         )
     try:
         kind, settings, fingerprint = record["kind"], record["settings"], record["data"]["fingerprint"]
+        if record.get(OWN_MODEL):
+            settings = {**settings, "init": str(folder)}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / RUN} lacks {error}. Start the run anew with --overwrite.") from error
     if kind not in KINDS:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moesaic.train.checkpoint import write_atomically
+from moesaic.core.checkpoint import write_atomically
 from moesaic.train.meter import RoutingMeter
 
 Line: TypeAlias = dict[str, Any]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.core import checkpoint
 from moesaic.core.errors import CheckpointError, ConfigError, MoesaicError
-from moesaic.train import checkpoint, folder
+from moesaic.train import folder
 from moesaic.train.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -37,11 +38,7 @@ def load_trained(path: Path) -> Trained:
     Raises:
         CheckpointError: if it is neither, or the model is missing, damaged, pickled or foreign.
     """
-    path = Path(path)
-    run = None
-    if (path / folder.RUN).is_file() or not (path / "config.json").is_file():
-        run = folder.read(path)
-        path = _model_of(run)
+    path, run = find_model(path)
     checkpoint.refuse_pickles(path)
     if (path / checkpoint.MANIFEST).is_file():
         _verify(path)
@@ -49,6 +46,19 @@ def load_trained(path: Path) -> Trained:
         model, tokenizer = _read(path)
     model.train(False)
     return Trained(model=model, tokenizer=tokenizer, path=path, run=run)
+
+
+def find_model(path: Path) -> tuple[Path, folder.Run | None]:
+    """Give the model folder of a run, and the run; or a model folder as it is.
+
+    Raises:
+        CheckpointError: if it is neither, or the run has no model yet.
+    """
+    path = Path(path)
+    if (path / folder.RUN).is_file() or not (path / "config.json").is_file():
+        run = folder.read(path)
+        return _model_of(run), run
+    return path, None
 
 
 def _verify(path: Path) -> None:

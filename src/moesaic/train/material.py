@@ -10,6 +10,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.train.backbone import ENCODER_DECODERS
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluator
+from moesaic.train.load import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,10 +56,15 @@ class Material:
                 f"the data at {config.data} have changed since the run was started: their fingerprint was "
                 f"{fingerprint}, now it is {corpus.fingerprint}. Restore the data, or start a new run."
             )
-        own: Any = load_tokenizer(config.tokenizer if tokenizer is None else str(tokenizer), corpus)
+        own: Any = load_tokenizer(_tokenizer(config) if tokenizer is None else str(tokenizer), corpus)
         blocks_of = PrefixBlocks if config.backbone in ENCODER_DECODERS else TokenBlocks
         blocks = blocks_of(corpus.train, own, config.context)
         held_out: Any = blocks_of(corpus.held_out, own, config.context)
         during = Evaluator(held_out, max_tokens=config.eval_tokens)
         last = Evaluator(held_out)
         return cls(tokenizer=own, blocks=blocks, evaluator=during, last_evaluator=last, fingerprint=corpus.fingerprint)
+
+
+def _tokenizer(config: TrainConfig) -> str:
+    """A model that is there has its own."""
+    return config.tokenizer if config.init is None else str(find_model(Path(config.init))[0])

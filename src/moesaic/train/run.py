@@ -11,14 +11,16 @@ from typing import Any
 
 from rich.console import Console
 
+from moesaic.core import checkpoint
 from moesaic.core.errors import CheckpointError, StoppedElsewhereError
-from moesaic.train import checkpoint, folder, ranks
+from moesaic.train import folder, ranks
 from moesaic.train.build import check_models
 from moesaic.train.config import TrainConfig
 from moesaic.train.interrupt import TrainingStoppedError
 from moesaic.train.material import Material
 from moesaic.train.quiet import quiet_transformers
 from moesaic.train.session import Session, Summary
+from moesaic.train.start import first_kind
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -> Summary:
@@ -53,12 +55,13 @@ def train(config: TrainConfig, *, overwrite: bool = False, show: bool = False) -
 
 def _begin(config: TrainConfig, *, overwrite: bool) -> Material:
     """Make the run folder, with the tokenizer in it."""
-    folder.check(config.out, overwrite=overwrite, reads=(config.data, config.tokenizer))
+    reads = [name for name in (config.data, config.tokenizer, config.init) if name is not None]
+    folder.check(config.out, overwrite=overwrite, reads=reads)
     # Everything that can be refused is refused before the first file is written or deleted.
     material = Material.load(config)
     check_models(config, material.tokenizer, material.blocks.domains)
+    kind = first_kind(config) if config.init is not None else "pair" if config.twin else "moe"
     folder.clear(config.out)
-    kind = "pair" if config.twin else "moe"
     run = folder.create(config.out, kind=kind, config=config, fingerprint=material.fingerprint)
     with checkpoint.replacing(run.folder / folder.TOKENIZER) as partial:
         material.tokenizer.save_pretrained(partial)

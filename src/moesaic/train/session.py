@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from moesaic.core import checkpoint
 from moesaic.core.errors import MoesaicError, StoppedElsewhereError
-from moesaic.train import checkpoint, folder, history, ranks
+from moesaic.train import folder, history, ranks
 from moesaic.train.balance import BalanceCallback
 from moesaic.train.board import Board
 from moesaic.train.build import build_model, training_arguments
@@ -88,8 +89,7 @@ class Session:
 
     def _callbacks(self, stack: ExitStack) -> tuple[list[TrainerCallback], InterruptCallback]:
         path = self.run.folder
-        label = {"moe": f"MoE ({self.config.recipe})", "dense": "dense twin"}[self.run.kind]
-        progress = ProgressCallback(label, self.console)
+        progress = ProgressCallback(self._label(), self.console)
         sinks: list[history.Sink] = [progress.show]
         if ranks.is_first() and Board.available():
             board = Board(path / folder.BOARD, start=self.start.step)
@@ -100,6 +100,11 @@ class Session:
         for close in (progress.close, balance.close, records.close, interrupt.restore):
             stack.callback(close)
         return [FiniteGuard(), balance, records, progress, interrupt], interrupt
+
+    def _label(self) -> str:
+        if self.config.init is not None:
+            return f"{'MoE' if self.run.kind == 'moe' else 'dense model'} from {self.config.init}"
+        return f"MoE ({self.config.recipe})" if self.run.kind == "moe" else "dense twin"
 
     def _tokens_per_step(self) -> int:
         return self.config.tokens_per_step * ranks.count()

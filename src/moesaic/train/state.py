@@ -12,15 +12,21 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.core.errors import CheckpointError
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer", "scheduler", "rng"
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write an optimizer's state: tensors to ``optimizer.safetensors``, the rest to ``optimizer.json``."""
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, model: nn.Module | None = None) -> None:
+    """Write an optimizer's state: tensors to ``optimizer.safetensors``, the rest to ``optimizer.json``.
+
+    Args:
+        optimizer: its state is written.
+        folder: to write to.
+        model: whose parameters it moves; their names then tell which state belongs to which.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -30,17 +36,26 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
                 tensors[f"{index}.{key}"] = value.detach().contiguous().cpu()
             else:
                 values.setdefault(str(index), {})[key] = value
-    _write(folder, OPTIMIZER, tensors, {"param_groups": state["param_groups"], "values": values})
+    rest = {"param_groups": state["param_groups"], "values": values, "names": _names(optimizer, model)}
+    _write(folder, OPTIMIZER, tensors, rest)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, model: nn.Module | None = None) -> None:
     """Read back what :func:`save_optimizer` wrote.
 
+    Args:
+        optimizer: takes the state.
+        folder: to read from.
+        model: whose parameters it moves. State that was saved with names finds its parameter by name then, in whatever
+            order they stand: a conversion may have changed it.
     Raises:
         CheckpointError: if it is missing, damaged, or belongs to another model.
     """
     tensors, rest = _read(folder, OPTIMIZER)
     own = optimizer.state_dict()
+    names, saved_names = _names(optimizer, model), rest.get("names")
+    if names is not None and saved_names is not None:
+        tensors, rest = _by_name(tensors, rest, own, names, folder)
     if [len(group["params"]) for group in rest["param_groups"]] != [len(g["params"]) for g in own["param_groups"]]:
         raise CheckpointError(
             f"{folder / OPTIMIZER}.json has {_sizes(rest['param_groups'])} parameters in its groups, this model has "
@@ -54,6 +69,40 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for group in groups:
         group["params"] = list(group["params"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> list[str] | None:
+    """The names of an optimizer's parameters, in its order."""
+    if model is None:
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _by_name(
+    tensors: dict[str, Tensor], rest: dict[str, Any], own: dict[str, Any], names: list[str], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Saved state in the order of an optimizer's own parameters, with the saved settings of each group.
+
+    Raises:
+        CheckpointError: naming the first parameter that only one of them has.
+    """
+    saved: list[str] = rest["names"]
+    differing = sorted(set(names) ^ set(saved))
+    if differing or len(rest["param_groups"]) != len(own["param_groups"]):
+        first = differing[0] if differing else f"group {len(own['param_groups'])}"
+        raise CheckpointError(
+            f"{folder / OPTIMIZER}.json is of other parameters than this model has: {len(differing)} differ, the first "
+            f"is {first}. Resume with the settings that the run was started with."
+        )
+    index_of = {str(saved.index(name)): str(index) for index, name in enumerate(names)}
+    moved = {f"{index_of[key.split('.', 1)[0]]}.{key.split('.', 1)[1]}": tensor for key, tensor in tensors.items()}
+    values = {index_of[index]: entries for index, entries in rest["values"].items()}
+    groups = [
+        {**group, "params": mine["params"]}
+        for group, mine in zip(rest["param_groups"], own["param_groups"], strict=True)
+    ]
+    return moved, {**rest, "values": values, "param_groups": groups}
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
+from moesaic.core import checkpoint
 from moesaic.core.errors import CheckpointError
-from moesaic.train import checkpoint, ranks, state
+from moesaic.train import ranks, state
 from moesaic.train.balance import check_balance_is_in_the_loss
 from moesaic.train.evaluate import Evaluation, Evaluator
 from moesaic.train.order import SeededOrder
@@ -138,7 +139,7 @@ class MoeTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None
-        state.save_optimizer(self.optimizer, Path(output_dir))
+        state.save_optimizer(self.optimizer, Path(output_dir), self._named())
         state.save_scheduler(self.lr_scheduler, Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -153,8 +154,12 @@ class MoeTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.optimizer is not None:
-            state.load_optimizer(self.optimizer, Path(checkpoint))
+            state.load_optimizer(self.optimizer, Path(checkpoint), self._named())
             state.load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _named(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:

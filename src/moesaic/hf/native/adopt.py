@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.hf.config import made_once
 from moesaic.hf.framed import FramedModel, framed_forward, keep_frames_in
 from moesaic.hf.native.check import check_module, check_router, compare_outputs
+from moesaic.hf.native.exact import kept_exact, make_exact
 from moesaic.hf.native.experts import IMPLEMENTATION, Form, experts_forward, form_of
 from moesaic.hf.native.found import Found, find, is_interface, native_class, row_of
 from moesaic.hf.native.router import Adopted, AdoptedRouter, Adoption, adopted_class
@@ -38,6 +39,10 @@ class AdoptedModel(FramedModel):  # type: ignore[no-untyped-call]
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As the model's own class does: what is loaded is not adopted."""
         return cls.dense_class.from_pretrained(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        with kept_exact(self):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _new_model, (type(self).dense_class,), self.__dict__
@@ -274,7 +279,8 @@ def _change(one: Found, adoption: Adoption | None, kernel: str | None) -> None:
     if adoption is not None:
         one.module.__dict__["_moesaic"] = adoption
         if any(isinstance(rule, BiasRule) for rule in adoption.rules):
-            _keep_exact(one)
+            router, row = row_of(one)
+            make_exact(row, router, one.block)
     if surgery is not None and surgery.form is not None:
         holder = attribute(one.module, surgery.holder) if surgery.holder else one.module
         if kernel is not None and not is_wrapped(holder):
@@ -309,19 +315,6 @@ def _width(one: Found) -> int:
         return int(module.fc1.in_features)
     assert row is not None
     return row.width_of(router)
-
-
-def _keep_exact(one: Found) -> None:
-    """Make a selection bias float32: steps of 0.001 vanish in half precision."""
-    router, row = row_of(one)
-    assert row.selection_bias is not None
-    holder: nn.Module = one.block if row.selection_bias.startswith("block.") else router
-    *inside, name = row.selection_bias.removeprefix("block.").split(".")
-    for part in inside:
-        holder = getattr(holder, part)
-    bias = getattr(holder, name)
-    if bias.dtype != torch.float32:
-        bias.data = bias.data.float()
 
 
 def _choose_implementation(models: list[PreTrainedModel], kernel: str | None) -> None:

@@ -192,6 +192,8 @@ class DogeBlock(Reporter):
 class VitPoseBlock(Reporter):
     """ViTPose: a data set's number says which expert makes the last features of all its tokens."""
 
+    takes_choices = False
+
     def forward(self, hidden_state: Tensor, indices: Tensor) -> Tensor:
         """Run each image's own expert alone."""
         me: Any = self
@@ -238,7 +240,7 @@ def _run_modules(
     token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(expert_TK.shape[1])
     plan = Plan.from_rows(expert_TK.reshape(-1), token_N, weight_TK.reshape(-1), len(experts), kept_TK.reshape(-1))
     y_TD: Tensor | None = None
-    for rows, expert in _busy(plan, experts):
+    for rows, expert in _called(plan, experts):
         y_MD = expert(x_TD[plan.token_N[rows]]) * plan.weight_N[rows, None]
         y_MD = (y_MD if after is None else after(y_MD)).to(hidden_states.dtype)
         if y_TD is None:
@@ -249,10 +251,12 @@ def _run_modules(
     return y_TD.view(*hidden_states.shape[:-1], -1)
 
 
-def _busy(plan: Plan, experts: list[nn.Module]) -> Iterable[tuple[slice, nn.Module]]:
+def _called(plan: Plan, experts: list[nn.Module]) -> Iterable[tuple[slice, nn.Module]]:
+    """The experts that are to run, each with its rows."""
     start = 0
     for end, expert in zip(plan.offset_E.tolist(), experts, strict=True):
-        if end > start:
+        # One without rows gets gradients of 0: with none, other ranks would wait for them.
+        if end > start or torch.is_grad_enabled():
             yield slice(start, end), expert
         start = end
 

@@ -14,6 +14,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.experts.grouped import pick, run_grouped
 from moesaic.hf.native.router import Adopted
+from moesaic.hf.uncompiled import uncompiled
 from moesaic.kernels.activations import Activation, gelu, gelu_tanh, relu, relu_squared, silu
 
 IMPLEMENTATION = "moesaic"
@@ -71,6 +72,7 @@ def interface_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
     return gate_EDF, up_EDF, down_EFD
 
 
+@uncompiled
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts of a module of transformers' interface; this is what is registered there."""
     form = self.__dict__.get("_moesaic")

@@ -36,8 +36,8 @@ def find(model: nn.Module) -> tuple[list[Found], list[Found], list[Found]]:
     routers: list[Found] = []
     others: list[Found] = []
     interface: list[Found] = []
-    modules = dict(model.named_modules())
-    for path, module in modules.items():
+    modules = {plain_path(path): module for path, module in model.named_modules()}
+    for path, module in model.named_modules():
         native = native_class(module)
         found = Found(path=path, module=module, block=modules[plain_path(path).rpartition(".")[0]], native=native)
         surgery = SURGERY.get(native.__name__)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from moesaic.balance import Controller
 from moesaic.core.errors import ConfigError
 from moesaic.hf.native.router import Reporter
 
@@ -35,6 +37,32 @@ class NativeRouter:
             raise ConfigError("A selection bias is moved in place, got another tensor. Use copy_.")
 
 
+class PinnedController:
+    """Steps another controller's selection bias in a family that sets one of its entries whenever it loads weights.
+
+    After each step all entries are shifted by as much as that one has moved: it stays, and the choice is the same.
+
+    Args:
+        inner: moves the bias.
+        router: has it.
+        entry: which stays.
+    """
+
+    def __init__(self, inner: Controller, router: NativeRouter, entry: int) -> None:
+        self.inner = inner
+        self.router = router
+        self.entry = entry
+
+    @torch.no_grad()
+    def step(self, load_E: Tensor, *, kept_E: Tensor | None = None, num_tokens: int | None = None) -> None:
+        """Move the bias once."""
+        bias_E = cast(Tensor, self.router.bias_E)
+        pinned = bias_E[self.entry].clone()
+        self.inner.step(load_E, kept_E=kept_E, num_tokens=num_tokens)
+        bias_E -= bias_E[self.entry] - pinned
+        bias_E[self.entry] = pinned
+
+
 class NativeLayer:
     """An adopted MoE layer: numbers of experts and parameters, and what controllers steer.
 
@@ -52,6 +80,11 @@ class NativeLayer:
     def spec(self) -> Any:
         """The :class:`~moesaic.hf.native.router_spec.RouterSpec` of its router."""
         return self.reporter.adoption.spec
+
+    def pinned(self, controller: Controller) -> Controller:
+        """A controller of its bias, as what the family does to the bias wants it."""
+        entry = self.reporter.adoption.row.pinned_bias
+        return controller if entry is None else PinnedController(controller, self.router, entry)
 
     @property
     def num_experts(self) -> int:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from moesaic.balance import LossTerm, Rule
 from moesaic.core.routing import Routing
 from moesaic.hf.config import made_once
-from moesaic.hf.native.router_spec import RouterSpec
+from moesaic.hf.native.router_spec import RouterSpec, wide
 from moesaic.hf.native.table import Row
-from moesaic.hf.scope import Frame, current_frame
+from moesaic.hf.scope import NOT_GIVEN, Frame, current_frame
+from moesaic.hf.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,8 +113,8 @@ class Reporter(Adopted):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = native().logits_TE if row.logits is None else row.logits(row, router, x_TD, spec)
         scores_TE = spec.scores(logits_TE)
-        if chosen_TK is None:
-            chosen_TK = native().expert_TK if not spec.is_learned else spec.choose(logits_TE, scores_TE, bias_E)
+        own_TK = spec.choose(logits_TE, scores_TE, bias_E) if spec.is_learned else native().expert_TK
+        chosen_TK = own_TK if chosen_TK is None else torch.where(chosen_TK == NOT_GIVEN, own_TK, chosen_TK)
         weight_TK, shared_TS = spec.weights(logits_TE, scores_TE, chosen_TK, row.scale_of(router))
         return Decision(logits_TE=spec.routed(logits_TE), weight_TK=weight_TK, expert_TK=chosen_TK, shared_TS=shared_TS)
 
@@ -183,6 +184,7 @@ def packed(decision: Decision, spec: RouterSpec, native: tuple[Any, ...] | None,
 def adopted_class(native: type[nn.Module], kind: type[Adopted]) -> type[Any]:
     """A subclass of a class of transformers that also is of ours; it goes by the name of the first."""
     namespace = {
+        "forward": uncompiled(kind.forward),
         "__module__": native.__module__,
         "__qualname__": native.__qualname__,
         "__doc__": native.__doc__,
@@ -199,10 +201,10 @@ def _routing(
     decision: Decision,
     kept_TK: Tensor | None,
 ) -> Routing:
-    logits_TE = decision.logits_TE.float()
+    logits_TE = wide(decision.logits_TE)
     scores_TE = spec.scores(logits_TE)
     part_T = frame.parts.get(reporter)
-    expert_TK, weight_TK = decision.expert_TK, decision.weight_TK.float()
+    expert_TK, weight_TK = decision.expert_TK, wide(decision.weight_TK)
     if part_T is None:
         valid_T, context = frame.tokens(hidden_states)
         routing = Routing.from_choices(expert_TK, weight_TK, logits_TE, scores_TE, valid_T)

@@ -97,7 +97,7 @@ class RouterSpec:
 
     def finish(self, raw_TE: Tensor) -> Tensor:
         """Logits of one linear map, capped and multiplied as the family does."""
-        logits_TE = _wide(raw_TE)
+        logits_TE = wide(raw_TE)
         if self.softcap > 0:
             logits_TE = torch.tanh(logits_TE / self.softcap) * self.softcap
         return logits_TE if self.multiplier == 1 else logits_TE * self.multiplier
@@ -108,7 +108,7 @@ class RouterSpec:
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Scores over all classes, in float32 or wider."""
-        logits_TE = self.routed(_wide(logits_TE))
+        logits_TE = self.routed(wide(logits_TE))
         if self.score == "softmax":
             return logits_TE.softmax(dim=-1)
         if self.score == "sigmoid":
@@ -129,7 +129,7 @@ class RouterSpec:
 
     def selection(self, logits_TE: Tensor, scores_TE: Tensor, bias_E: Tensor | None = None) -> Tensor:
         """What the best K are taken of (T, E): biased, and masked where groups are limited; without a gradient."""
-        by_TE = (self.routed(_wide(logits_TE)) if self.select == "logit" else scores_TE).detach()
+        by_TE = (self.routed(wide(logits_TE)) if self.select == "logit" else scores_TE).detach()
         if self.selection_bias and bias_E is not None:
             by_TE = by_TE + bias_E.to(by_TE.dtype)
         if self.groups is None:
@@ -152,7 +152,7 @@ class RouterSpec:
             expert_TK: the choice, this router's or any other.
             scale_E: the learned factor of each expert, where there is one.
         """
-        logits_TE = _wide(logits_TE)
+        logits_TE = wide(logits_TE)
         if self.policy == "sparsemixer":
             weight_TK = _sparsemixer(self.routed(logits_TE), expert_TK, self.jitter)
         elif self.shared_gates:
@@ -179,7 +179,8 @@ class RouterSpec:
         return weight_TK
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -194,7 +195,9 @@ def _sparsemixer(logits_TE: Tensor, expert_TK: Tensor, jitter: float) -> Tensor:
         best_T1 = left_TE.max(dim=-1, keepdim=True).values.detach()
         # The distance is relative to the larger of the best logit and the logit's own size.
         apart_TE = (best_T1 - logits_TE.detach()) / torch.maximum(logits_TE.detach().abs(), best_T1)
-        near_TE = left_TE.masked_fill(apart_TE > 2 * jitter, -math.inf)
+        # A pick that was given, and would not have been made, has a weight too.
+        far_TE = (apart_TE > 2 * jitter).scatter(1, pick_T1, False)
+        near_TE = left_TE.masked_fill(far_TE, -math.inf)
         weights.append(near_TE.softmax(dim=-1).gather(1, pick_T1))
         left_TE = left_TE.scatter(1, pick_T1, -math.inf)
     return torch.cat(weights, dim=-1)

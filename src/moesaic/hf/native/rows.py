@@ -15,6 +15,8 @@ from moesaic.hf.native.table import Row, groups_of, linear_logits
 
 def _gemma_logits(row: Row, router: nn.Module, x_TD: Tensor, spec: RouterSpec) -> Tensor:
     """Gemma 4 norms and scales the tokens first."""
+    if spec.precision == "float32":
+        x_TD = x_TD.float()
     x_TD = router.norm(x_TD) * router.scale * router.scalar_root_size  # type: ignore[operator]
     return linear_logits(row, router, x_TD, spec)
 
@@ -290,6 +292,7 @@ ROWS: Mapping[str, Row] = {
         weight="router_mlp.out_proj.weight",
         reads="down_proj.weight",
         selection_bias="balancing_biases",
+        pinned_bias=-1,
         read=_zaya,
         logits=None,
         takes=3,

@@ -43,6 +43,7 @@ class Row:
         logit_bias: where its bias is; None if it has none.
         selection_bias: where the bias is that steers selection; begins with ``block.`` where the block around the
             router keeps it and passes it on. None if there is none.
+        pinned_bias: an entry of it that the family sets anew whenever it loads weights; None if there is none.
         normalize_if: a flag that turns normalisation off.
         scale: where the factor of all weights is.
         eps: where the epsilon is.
@@ -62,6 +63,7 @@ class Row:
     reads: str | None = None
     logit_bias: str | None = None
     selection_bias: str | None = None
+    pinned_bias: int | None = None
     normalize_if: str | None = None
     scale: str | None = None
     eps: str | None = None

@@ -59,7 +59,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        _seal(partial, step)
+        seal(partial, step)
         _put_in_place(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +182,7 @@ def replacing(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _seal(partial, None)
+        seal(partial, None)
         _put_in_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -214,17 +214,19 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _seal(partial: Path, step: int | None) -> None:
+def seal(partial: Path, step: int | None) -> None:
+    """Write the manifest of all files of a folder, and flush everything to the disk."""
     files = sorted(file for file in partial.rglob("*") if file.is_file())
     listed = {
         str(file.relative_to(partial)): {"size_bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
     }
     manifest = {"format_version": FORMAT_VERSION, "step": step, "files": listed}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync_files(partial)
+    flush(partial)
 
 
-def _sync_files(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """See that every file of a folder is on the disk."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
