@@ -28,11 +28,11 @@ from moesaic.soft import SoftMoE
 
 if TYPE_CHECKING:
     from moesaic import convert, data, hf, telemetry
-    from moesaic.convert.merge import merge_experts
-    from moesaic.convert.prune import prune_experts
-    from moesaic.convert.split import split
-    from moesaic.convert.to_dense import to_dense
-    from moesaic.convert.upcycle import upcycle
+    from moesaic.convert.grow.split import split
+    from moesaic.convert.grow.upcycle import upcycle
+    from moesaic.convert.shrink.merge import merge_experts
+    from moesaic.convert.shrink.prune import prune_experts
+    from moesaic.convert.shrink.to_dense import to_dense
     from moesaic.hf import adopt, record, sparsify
     from moesaic.lens import report
     from moesaic.telemetry import RoutingTrace
@@ -43,14 +43,14 @@ __version__ = "0.1.0"
 _LAZY_MODULES = ("convert", "data", "hf", "telemetry")
 _LAZY_NAMES = {
     "adopt": "moesaic.hf",
-    "merge_experts": "moesaic.convert.merge",
-    "prune_experts": "moesaic.convert.prune",
+    "merge_experts": "moesaic.convert.shrink.merge",
+    "prune_experts": "moesaic.convert.shrink.prune",
     "record": "moesaic.hf",
     "report": "moesaic.lens",
     "sparsify": "moesaic.hf",
-    "split": "moesaic.convert.split",
-    "to_dense": "moesaic.convert.to_dense",
-    "upcycle": "moesaic.convert.upcycle",
+    "split": "moesaic.convert.grow.split",
+    "to_dense": "moesaic.convert.shrink.to_dense",
+    "upcycle": "moesaic.convert.grow.upcycle",
     "RoutingTrace": "moesaic.telemetry",
 }
 

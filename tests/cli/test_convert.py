@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from moesaic.cli.app import run
-from moesaic.convert.receipt import Receipt
+from moesaic.convert.proof.receipt import Receipt
 from tests.convert.backbones import dense, sparse
 
 

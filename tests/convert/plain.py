@@ -19,7 +19,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from moesaic.convert.saliency import ExpertStats
+from moesaic.convert.shrink.saliency import ExpertStats
 
 VOCABULARY = 61
 E, K = 8, 3

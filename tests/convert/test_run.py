@@ -12,18 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import moesaic as mz
 from moesaic.convert import run
-from moesaic.convert.receipt import Receipt
+from moesaic.convert.checkpoint.shards import ShardWriter
+from moesaic.convert.checkpoint.source import open_source
+from moesaic.convert.proof.receipt import Receipt
 from moesaic.convert.run import convert
-from moesaic.convert.shards import ShardWriter
-from moesaic.convert.source import open_source
 from moesaic.convert.steps import Change, Step
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.data import load_tokenizer
+from tests.convert.checkpoint.test_source import SIZES, mixtral, tensors_of, write
 from tests.hf.families import FAMILIES as FAMILIES_OF_TRANSFORMERS
 from tests.hf.families import tiny, written_for_this_transformers
 from tests.hf.tiny import FAMILIES, build
-
-from .test_source import SIZES, mixtral, tensors_of, write
 
 EVERY = (*FAMILIES, "mixtral", "ours")
 

@@ -112,6 +112,7 @@ def described(family: str) -> list[str]:
     weights = "own softmax each" if spec.policy == "sparsemixer" else weights
     weights = "with shared experts' gates / Σ" if spec.shared_gates else weights
     weights += " × scale" * (spec.scale != 1) + " × factor of expert" * spec.expert_scale
+    weights += " × learned factor" * spec.global_scale
     weights += ", on the input" * (spec.weigh == "input") + ", up to a capacity" * spec.capacity
     if spec.null_experts:
         weights += {"identity": "; some experts give the token back", "skip": "; one is a skip"}[spec.null]

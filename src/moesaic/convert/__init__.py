@@ -10,36 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesaic.convert.branch import branch_train_mix
-    from moesaic.convert.calibration import calibrate
-    from moesaic.convert.check import check_folder
-    from moesaic.convert.distillation import distill
-    from moesaic.convert.fewer import fewer_choices
-    from moesaic.convert.native import export
-    from moesaic.convert.receipt import Receipt
+    from moesaic.convert.checkpoint.source import Source, joined, open_source
+    from moesaic.convert.grow.branch import branch_train_mix
+    from moesaic.convert.native.export import export
+    from moesaic.convert.proof.check import check_folder
+    from moesaic.convert.proof.receipt import Receipt
     from moesaic.convert.run import Converted, convert
-    from moesaic.convert.saliency import ExpertStats
-    from moesaic.convert.source import Source, joined, open_source
+    from moesaic.convert.shrink.calibration import calibrate
+    from moesaic.convert.shrink.distillation import distill
+    from moesaic.convert.shrink.fewer import fewer_choices
+    from moesaic.convert.shrink.saliency import ExpertStats
     from moesaic.convert.steps import Change, Step
     from moesaic.convert.text import text_batches
 
 _HOME = {
-    "branch_train_mix": "branch",
+    "branch_train_mix": "grow.branch",
     "text_batches": "text",
-    "distill": "distillation",
-    "calibrate": "calibration",
-    "ExpertStats": "saliency",
+    "distill": "shrink.distillation",
+    "calibrate": "shrink.calibration",
+    "ExpertStats": "shrink.saliency",
     "Change": "steps",
     "Converted": "run",
-    "Receipt": "receipt",
-    "Source": "source",
+    "Receipt": "proof.receipt",
+    "Source": "checkpoint.source",
     "Step": "steps",
-    "check_folder": "check",
+    "check_folder": "proof.check",
     "convert": "run",
-    "export": "native",
-    "fewer_choices": "fewer",
-    "joined": "source",
-    "open_source": "source",
+    "export": "native.export",
+    "fewer_choices": "shrink.fewer",
+    "joined": "checkpoint.source",
+    "open_source": "checkpoint.source",
 }
 
 __all__ = [

@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moesaic.convert import optimizer
-from moesaic.convert import probe as probes
-from moesaic.convert.blueprint import Blueprint
-from moesaic.convert.compare import compared
-from moesaic.convert.disk import ToDisk
-from moesaic.convert.layouts import config_is_ours, moe_layouts
-from moesaic.convert.ledger import Ledger
+from moesaic.convert.checkpoint import optimizer
+from moesaic.convert.checkpoint.blueprint import Blueprint
+from moesaic.convert.checkpoint.disk import ToDisk
+from moesaic.convert.checkpoint.ledger import Ledger
+from moesaic.convert.checkpoint.run_folder import new_run
+from moesaic.convert.checkpoint.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from moesaic.convert.checkpoint.source import Source
+from moesaic.convert.layout.layouts import config_is_ours, moe_layouts
 from moesaic.convert.progress import tracked
-from moesaic.convert.receipt import RECEIPT, Receipt, describe_files
-from moesaic.convert.run_folder import new_run
-from moesaic.convert.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from moesaic.convert.source import Source
+from moesaic.convert.proof import probe as probes
+from moesaic.convert.proof.compare import compared
+from moesaic.convert.proof.receipt import RECEIPT, Receipt, describe_files
 from moesaic.convert.steps import Change, Step
 from moesaic.core.checkpoint import flush, is_disk_full
 from moesaic.core.errors import CheckpointError, ConfigError
@@ -80,7 +80,8 @@ def convert(
         source: what to convert; a model in memory stays as it is.
         change: what to do.
         out: folder to write, which must not exist; None for a model in memory.
-        probe: what both models read to be compared, see :func:`~moesaic.convert.probe.probe_batch`; None to go without.
+        probe: what both models read to be compared, see :func:`~moesaic.convert.proof.probe.probe_batch`; None to go
+            without.
         shard_bytes: largest size of a file; None for that of the source's largest if it has several, or 5 GB.
     Raises:
         CheckpointError: if a tensor is missing, left over or misshapen, the disk is full, or the models are further

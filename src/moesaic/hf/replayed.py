@@ -50,13 +50,14 @@ def replay(model: nn.Module, trace: RoutingTrace) -> Iterator[None]:
             f"replay needs a model with the layers of the trace, {_few(trace.metadata.layer_names)}, got "
             f"{_few(tuple(found))}. Replay on the model that was recorded, adopted if it is one of transformers."
         )
-    tables = [_Table(trace, layer) for layer in range(trace.num_layers)]
-    for table, (path, block) in zip(tables, found.items(), strict=True):
+    for path, block in found.items():
         if not _takes_choices(block):
             raise ConfigError(
                 f"replay needs routers in which each token's choice can be given, got {type(block).__name__} at "
                 f"{path}, whose choices hang on the batch or come from outside. Leave replay out."
             )
+    tables = [_Table(trace, layer) for layer in range(trace.num_layers)]
+    for table, (path, block) in zip(tables, found.items(), strict=True):
         table.check(layers[path].num_experts, _top_k(block))
     with replaying(_Replayed(dict(zip(found.values(), tables, strict=True)))):
         yield

@@ -64,6 +64,7 @@ class MoeTrainer(Trainer):
         self.last_evaluator = last_evaluator or evaluator
         self.keep = keep
         self.last_evaluation: Evaluation | None = None
+        self._is_checkpointing = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss; routers that ask which domain a sequence belongs to are told, if ``inputs`` do."""
@@ -122,7 +123,9 @@ class MoeTrainer(Trainer):
                 self._save_rng_state(str(partial))
                 self._window_file(partial).write_text(json.dumps(self._window()))
                 if ranks.is_first():
+                    self._is_checkpointing = True
                     self.save_model(str(partial), _internal_call=True)
+                    self._is_checkpointing = False
                     self._save_optimizer_and_scheduler(str(partial))
                     self.state.save_to_json(str(partial / TRAINER_STATE))
             with ranks.together():
@@ -133,7 +136,10 @@ class MoeTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        # A checkpoint has the names in memory, of which resuming finds each; a family may have others on disk, such as
+        # a tensor for each expert. transformers reads both.
+        names = {"save_original_format": False} if self._is_checkpointing else {}
+        unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save, **names)
         if self.processing_class is not None and self.args.should_save:
             self.processing_class.save_pretrained(folder)
 

@@ -20,7 +20,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Compare every file of a folder with its receipt, and its tensors with what its configuration describes."""
-    from moesaic.convert.check import check_folder
+    from moesaic.convert.proof.check import check_folder
 
     receipt = check_folder(folder)
     print(receipt.to_json() if as_json else f"{folder} is what its receipt says. {receipt}")

@@ -43,7 +43,7 @@ def dense(
 
     Networks are scaled by what a token's weights add up to on average. Shared experts are laid beside them.
     """
-    from moesaic.convert.to_dense import to_dense
+    from moesaic.convert.shrink.to_dense import to_dense
 
     with working():
         converted = to_dense(

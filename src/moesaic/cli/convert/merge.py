@@ -37,7 +37,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Cluster the experts of each layer and put one expert, their average, in the place of each cluster."""
-    from moesaic.convert.merge import merge_experts
+    from moesaic.convert.shrink.merge import merge_experts
 
     count = number_of_experts(to, "--to")
     with working():

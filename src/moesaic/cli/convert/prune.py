@@ -34,7 +34,7 @@ def prune(
     What is useful is measured on text: by router-weighted output length (REAP) unless told otherwise. Routers that
     choose among groups keep as many experts in each.
     """
-    from moesaic.convert.prune import prune_experts
+    from moesaic.convert.shrink.prune import prune_experts
 
     count = number_of_experts(keep, "--keep")
     with working():

@@ -13,7 +13,7 @@ from moesaic.cli.convert.text import Context, batches
 _Method = Annotated[
     str | None,
     typer.Option(
-        help="Which neurons go together: random, cluster, coactivation or importance; importance if there is text.",
+        help="Which neurons go together: random, cluster, coactivation or importance; coactivation if there is text.",
         show_default=False,
     ),
 ]
@@ -45,7 +45,7 @@ _Spread = Annotated[float, typer.Option(help="Spread of the logits of a gate tha
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    example = "Example: moesaic convert split dense --num-experts 8 --top-k 4 --method importance --out sparse"
+    example = "Example: moesaic convert split dense --num-experts 8 --top-k 4 --method coactivation --out sparse"
     app.command("split", epilog=example)(split)
 
 
@@ -78,7 +78,7 @@ def split(
     Parameters stay as many, but for routers. A token then meets only part of the network: the receipt tells how much of
     its output is missing, which training has to make up for.
     """
-    from moesaic.convert.split import split as convert_to_mixture
+    from moesaic.convert.grow.split import split as convert_to_mixture
 
     named: dict[str, Any] = {"method": method, "gate": gate, "rows": rows, "metric": metric}
     numbers: dict[str, Any] = {"active_share": active_share, "overlap": overlap, "hidden": hidden, "spread": spread}

@@ -20,8 +20,8 @@ _CONTEXT = 256
 
 def batches(source: Path, data: str, tokens: int, context: int | None) -> list[dict[str, Any]]:
     """The text in the source's own tokens."""
-    from moesaic.convert.run_folder import TOKENIZER, find_model
-    from moesaic.convert.source import read_config
+    from moesaic.convert.checkpoint.run_folder import TOKENIZER, find_model
+    from moesaic.convert.checkpoint.source import read_config
     from moesaic.convert.text import text_batches
     from moesaic.data import load_tokenizer
 

@@ -22,7 +22,7 @@ def fewer(
     as_json: AsJson = False,
 ) -> None:
     """Let each token visit fewer experts; no weight changes, and the receipt tells the gap."""
-    from moesaic.convert.fewer import fewer_choices
+    from moesaic.convert.shrink.fewer import fewer_choices
 
     with working():
         converted = fewer_choices(source, top_k, out=out, probe="random" if probe else None)

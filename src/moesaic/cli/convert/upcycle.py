@@ -56,7 +56,7 @@ def upcycle(
     The mixture computes what the dense model does, where the recipe's weights of a token add up to one number; the
     receipt tells whether, or how far they are apart.
     """
-    from moesaic.convert.upcycle import upcycle as convert_to_mixture
+    from moesaic.convert.grow.upcycle import upcycle as convert_to_mixture
 
     with working():
         converted = convert_to_mixture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -43,6 +44,16 @@ class AdoptedModel(FramedModel):  # type: ignore[no-untyped-call]
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         with kept_exact(self):
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As the model's own class does; names that the family has on disk are understood too.
+
+        transformers' Trainer resumes with those, and by itself leaves stacked experts as they are, with a warning.
+        """
+        own = self.state_dict()
+        if own.keys() - state_dict.keys() and state_dict.keys() - own.keys():
+            state_dict = _from_disk(self, state_dict, own)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _new_model, (type(self).dense_class,), self.__dict__
@@ -205,7 +216,11 @@ def _check_balance(model: nn.Module, terms: tuple[BalanceTerm, ...], adoptions: 
             "output_router_logits=True; with balance it would be balanced twice. Set it to False."
         )
     # The factors of experts and shared gates change weights, which only SpecRouter's makers know; choices stay.
-    plain = {replace(one.spec, expert_scale=False, shared_gates=0) for one in adoptions.values() if one.spec.is_learned}
+    plain = {
+        replace(one.spec, expert_scale=False, global_scale=False, shared_gates=0)
+        for one in adoptions.values()
+        if one.spec.is_learned
+    }
     if not plain:
         raise ConfigError(
             "Balance needs routers that choose by learned scores, got a model whose choices are all fixed. Leave "
@@ -332,6 +347,21 @@ def _choose_implementation(models: list[PreTrainedModel], kernel: str | None) ->
                 config._experts_implementation_internal = IMPLEMENTATION
             elif kernel is None and config._experts_implementation_internal == IMPLEMENTATION:
                 config._experts_implementation_internal = inner.__dict__.pop("_moesaic_before", "grouped_mm")
+
+
+def _from_disk(model: AdoptedModel, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors under the names in memory, as transformers translates them; what it cannot keeps its name."""
+    load: Any = type(model).dense_class.from_pretrained
+    read, info = load(
+        None,
+        config=copy.deepcopy(model.config),
+        state_dict=dict(saved),
+        dtype=model.dtype,
+        output_loading_info=True,
+    )
+    known = {name: value for name, value in read.state_dict().items() if name not in info["missing_keys"]}
+    # What needs no translation keeps its precision, and what nobody knows its name, for whoever reports it.
+    return known | {name: saved[name] for name in saved if name in own or name in info["unexpected_keys"]}
 
 
 def _new_model(native: type[PreTrainedModel]) -> PreTrainedModel:

@@ -41,6 +41,7 @@ class RouterSpec:
         norm_order: p.
         scale: every weight is multiplied by it.
         expert_scale: whether each expert has a learned factor of its own that its weights are multiplied by.
+        global_scale: whether all weights, those of shared gates too, are multiplied by one learned factor.
         softcap: logits become ``softcap * tanh(logits / softcap)``; 0 for none.
         multiplier: what logits are multiplied by.
         precision: of the logits: "model", the tokens' own; "weight", the weight's; or "float32".
@@ -70,6 +71,7 @@ class RouterSpec:
     norm_order: float = 1.0
     scale: float = 1.0
     expert_scale: bool = False
+    global_scale: bool = False
     softcap: float = 0.0
     multiplier: float = 1.0
     precision: Literal["model", "weight", "float32"] = "model"
@@ -150,7 +152,7 @@ class RouterSpec:
             logits_TE: those of shared gates included.
             scores_TE: of :meth:`scores`.
             expert_TK: the choice, this router's or any other.
-            scale_E: the learned factor of each expert, where there is one.
+            scale_E: the learned factor of each expert, or the one of all (1,), where there is one.
         """
         logits_TE = wide(logits_TE)
         if self.policy == "sparsemixer":
@@ -158,12 +160,14 @@ class RouterSpec:
         elif self.shared_gates:
             taken_TE = torch.cat([logits_TE.gather(1, expert_TK), logits_TE[:, self.num_experts :]], dim=-1)
             gates_TE = F.logsigmoid(taken_TE).softmax(dim=-1) * self.scale
+            if scale_E is not None and self.global_scale:
+                gates_TE = gates_TE * scale_E.to(gates_TE.dtype)
             return gates_TE[:, : expert_TK.shape[1]], gates_TE[:, expert_TK.shape[1] :]
         else:
             weight_TK = self._normalized(scores_TE.gather(1, expert_TK))
         weight_TK = weight_TK * self.scale
         if scale_E is not None:
-            weight_TK = weight_TK * scale_E.to(weight_TK.dtype)[expert_TK]
+            weight_TK = weight_TK * scale_E.to(weight_TK.dtype).expand(self.num_experts)[expert_TK]
         if self.null == "skip" and self.null_experts:
             weight_TK = weight_TK.masked_fill(expert_TK >= self.num_experts - self.null_experts, 0)
         return weight_TK, None

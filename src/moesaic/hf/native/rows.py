@@ -47,8 +47,7 @@ def _score_fn(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
 
 
 def _inkling(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
-    scale = float(cast(float, router.route_scale)) * cast(Tensor, router.global_scale).item()
-    return {"num_experts": router.num_experts, "shared_gates": router.n_shared_experts, "scale": scale}
+    return {"num_experts": router.num_experts, "shared_gates": router.n_shared_experts}
 
 
 def _privacy_filter(router: nn.Module, _block: nn.Module) -> Mapping[str, Any]:
@@ -202,7 +201,12 @@ ROWS: Mapping[str, Row] = {
         read=_score_fn,
     ),
     "InklingTopkRouter": Row(
-        spec={"score": "sigmoid", "precision": "float32"}, selection_bias=_BIAS, read=_inkling, parts=4
+        spec={"score": "sigmoid", "precision": "float32"},
+        selection_bias=_BIAS,
+        scale="route_scale",
+        global_scale="global_scale",
+        read=_inkling,
+        parts=4,
     ),
     "JambaTopKRouter": Row(spec={"score": "softmax"}),
     "JetMoeTopKGating": Row(spec=_CHOSEN_LOGITS, weight="layer.weight", parts=0),

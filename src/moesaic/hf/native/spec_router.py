@@ -32,7 +32,7 @@ class SpecRouter(LinearRouter):
     bias_E: Tensor | None
 
     def __init__(self, width: int, spec: RouterSpec, *, logit_bias: bool = False, init: Init | None = None) -> None:
-        if not spec.is_learned or spec.expert_scale or spec.shared_gates:
+        if not spec.is_learned or spec.expert_scale or spec.global_scale or spec.shared_gates:
             raise ConfigError(
                 "SpecRouter needs a spec whose choices and weights come from logits alone, got policy "
                 f"{spec.policy!r}, expert_scale={spec.expert_scale}, shared_gates={spec.shared_gates}. "

@@ -48,6 +48,7 @@ class Row:
         scale: where the factor of all weights is.
         eps: where the epsilon is.
         expert_scale: where the learned factor of each expert is.
+        global_scale: where the learned factor of all weights is.
         groups: where number of groups and groups kept are; a group's score is the sum of its two best.
         read: more fields of the spec, from router and block.
         logits: how logits come from tokens, one linear map unless said; None where they need more than the tokens.
@@ -68,6 +69,7 @@ class Row:
     scale: str | None = None
     eps: str | None = None
     expert_scale: str | None = None
+    global_scale: str | None = None
     groups: tuple[str, str] | None = None
     read: Reader | None = None
     logits: Logits | None = linear_logits
@@ -94,6 +96,7 @@ class Row:
         if self.eps is not None:
             fields["eps"] = float(attribute(router, self.eps))
         fields["expert_scale"] = self.expert_scale is not None
+        fields["global_scale"] = self.global_scale is not None
         fields["selection_bias"] = self.selection_bias is not None
         if self.groups is not None:
             num_groups, kept = (attribute(router, name) for name in self.groups)
@@ -117,8 +120,9 @@ class Row:
         return None if bias is None else bias.reshape(-1)
 
     def scale_of(self, router: nn.Module) -> Tensor | None:
-        """The learned factor of each expert (E,); None where there is none."""
-        return None if self.expert_scale is None else cast(Tensor, attribute(router, self.expert_scale))
+        """The learned factor of each expert (E,), or of all (1,); None where there is none."""
+        path = self.expert_scale or self.global_scale
+        return None if path is None else cast(Tensor, attribute(router, path))
 
 
 def attribute(module: nn.Module, path: str) -> Any:

@@ -1,0 +1,1 @@
+"""From dense to sparse: copies, parts, or several models."""

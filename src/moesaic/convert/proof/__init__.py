@@ -1,0 +1,1 @@
+"""What a conversion proves: a probe on both models, and the receipt."""
