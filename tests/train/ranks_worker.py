@@ -166,13 +166,13 @@ def _raised(config):
     return None
 
 
-def launch(text: Path, out: Path) -> list[dict]:
-    """Run this file in two processes that meet over gloo, and read what each found."""
+def launch(text: Path, out: Path, module: str = "tests.train.ranks_worker") -> list[dict]:
+    """Run a module, this one by default, in two processes that meet over gloo, and read what each found."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "tests.train.ranks_worker", str(text), str(out)]
+    command = [sys.executable, "-m", module, str(text), str(out)]
     started = []
     for rank in ("0", "1"):
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}

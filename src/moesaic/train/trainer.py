@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,8 @@ class MoeTrainer(Trainer):
                 self._save_rng_state(str(partial))
                 self._window_file(partial).write_text(json.dumps(self._window()))
                 if ranks.is_first():
-                    self._is_checkpointing = True
-                    self.save_model(str(partial), _internal_call=True)
-                    self._is_checkpointing = False
+                    with self._names_in_memory():
+                        self.save_model(str(partial), _internal_call=True)
                     self._save_optimizer_and_scheduler(str(partial))
                     self.state.save_to_json(str(partial / TRAINER_STATE))
             with ranks.together():
@@ -133,11 +133,21 @@ class MoeTrainer(Trainer):
         if ranks.is_first():
             checkpoint.prune(folder, self.keep, saved=step)
 
+    @contextmanager
+    def _names_in_memory(self) -> Iterator[None]:
+        """Save under the names that the model has in memory, of which resuming finds each.
+
+        A family may have others on disk, such as a tensor for each expert; transformers reads both.
+        """
+        self._is_checkpointing = True
+        try:
+            yield
+        finally:
+            self._is_checkpointing = False
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # A checkpoint has the names in memory, of which resuming finds each; a family may have others on disk, such as
-        # a tensor for each expert. transformers reads both.
         names = {"save_original_format": False} if self._is_checkpointing else {}
         unwrapped.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save, **names)
         if self.processing_class is not None and self.args.should_save:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.core.errors import BackendError
 from moesaic.lab.pretrained.plan import Story
-from moesaic.lab.pretrained.starts import ALONE, DENSE, PAIRED, SPLIT
+from moesaic.lab.pretrained.starts import ALONE, DENSE, FASTER, PAIRED, SPLIT
 from moesaic.lens import palette
 from moesaic.lens.drawing import STYLE
 
@@ -62,12 +62,13 @@ def _paint(story: Story) -> Figure:
 
 
 def _panel(axes: Axes, story: Story, domain: str) -> None:
-    for name, colour in _COLOURS.items():
+    drawn = [(name, name, "o-") for name in _COLOURS] + [(name, f"{name}{FASTER}", "o--") for name in _COLOURS]
+    for model, name, line in drawn:
         if name in story.looks:
             tokens = [point[0] / 1000 for point in story.looks[name]]
             bits = [point[1][domain] for point in story.looks[name]]
-            width = 1.0 if name == DENSE else 1.7
-            axes.plot(tokens, bits, "o-", color=colour, markersize=3, linewidth=width, label=name)
+            width = 1.0 if model == DENSE else 1.7
+            axes.plot(tokens, bits, line, color=_COLOURS[model], markersize=3, linewidth=width, label=name)
     axes.set_title("mean of the domains" if domain == "mean" else domain)
     axes.set_xlabel("thousand tokens read")
     axes.set_ylabel("bits per byte")
