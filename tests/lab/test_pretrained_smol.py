@@ -130,7 +130,9 @@ def test_upcycled_to_eight_experts_it_says_what_the_dense_model_says(recipe, opt
 def test_split_into_eight_it_says_the_same_as_long_as_all_slices_are_used(dense, text):
     made = mz.split(dense, "mixtral", num_experts=8, top_k=8, gate="zero", scale="slices", probe=text)
     assert made.receipt.largest_logit_difference < 1e-4
-    assert (logits(made.model, text) - logits(dense, text)).abs().max() < 1e-4
+    # 30 layers of sums in another order: 2e-4 of rounding in float32 at logits of 24; the receipt's is in float64.
+    expected = logits(dense, text)
+    assert (logits(made.model, text) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert sum(p.numel() for p in made.model.parameters()) < 1.01 * sum(p.numel() for p in dense.parameters())
 
 

@@ -27,18 +27,12 @@ def _option(panel: str, text: str, *names: str) -> Any:
 def train(
     context: typer.Context,
     out: Annotated[Path, _option(_RUN, "The run folder.", "--out")],
-    init: Annotated[
-        Path | None, _option(_MODEL, "Go on from the model of this folder, instead of the settings below.")
-    ] = None,
+    init: Annotated[Path | None, _option(_MODEL, "Go on from this folder's model; the rest is its own.")] = None,
     recipe: Annotated[str | None, _option(_MODEL, "See `moesaic recipes`. [default: mixtral]")] = None,
-    backbone: Annotated[
-        str | None, _option(_MODEL, "llama, qwen3, gpt2, jamba (Mamba and attention), lstm, t5. [default: llama]")
-    ] = None,
+    backbone: Annotated[str | None, _option(_MODEL, "llama, qwen3, gpt2, jamba, lstm, t5. [default: llama]")] = None,
     width: Annotated[int | None, _option(_MODEL, "Size of the residual stream. [default: 128]")] = None,
     layers: Annotated[int | None, _option(_MODEL, "Blocks; of each stack in t5. [default: 4]")] = None,
-    moe_layers: Annotated[
-        str | None, _option(_MODEL, "Blocks with an MoE: all, every-2, or indices 1,3. [default: all]")
-    ] = None,
+    moe_layers: Annotated[str | None, _option(_MODEL, "With an MoE: all, every-2, or 1,3. [default: all]")] = None,
     heads: Annotated[int | None, _option(_MODEL, "Attention heads. [default: width / 32]")] = None,
     hidden: Annotated[int | None, _option(_MODEL, "Hidden size of one expert. [default: 2 * width]")] = None,
     num_experts: Annotated[int | None, _option(_MODEL, "Experts of a layer. [default: the recipe's]")] = None,
@@ -51,9 +45,7 @@ def train(
     twin: Annotated[bool | None, _option(_MODEL, "Train the dense twin too.", "--twin/--no-twin")] = None,
     data: Annotated[str | None, _option(_TRAINING, "builtin, a file, or a folder. [default: builtin]")] = None,
     tokenizer: Annotated[str | None, _option(_TRAINING, "bytes, bpe:SIZE or a folder. [default: bytes]")] = None,
-    trainable: Annotated[
-        str | None, _option(_TRAINING, "Train only parameters whose names hold this regular expression. [default: all]")
-    ] = None,
+    trainable: Annotated[str | None, _option(_TRAINING, "Train what this regex is in. [default: all]")] = None,
     steps: Annotated[int | None, _option(_TRAINING, "Optimizer steps. [default: 1000]")] = None,
     batch_size: Annotated[int | None, _option(_TRAINING, "Sequences of a micro-batch. [default: 16]")] = None,
     grad_accumulation: Annotated[int | None, _option(_TRAINING, "Micro-batches of a step. [default: 1]")] = None,

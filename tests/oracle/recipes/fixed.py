@@ -24,7 +24,13 @@ def given(case: Case, chosen: list[list[int]], num_experts: int, weights: Weight
         table.logits.append([share.log() if e in some else nothing - 100 for e in range(num_experts)])
     kept = dispatch.keep_all(table, case.valid)
     y: Tensor = experts.combine(
-        case.x, table, kept, None, weights["experts.up_EDF"], weights["experts.down_EFD"], activation
+        case.x,
+        table,
+        kept,
+        weights.get("experts.gate_EDF"),
+        weights["experts.up_EDF"],
+        weights["experts.down_EFD"],
+        activation,
     )
     return Answer(y, table, kept, {})
 
