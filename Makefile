@@ -55,7 +55,7 @@ docs: env        ## build the documentation into site/
 pages: env       ## write the pages that come from the code and its tests: catalogue, laws, families
 	$(BIN)/python tools/catalogue.py docs/catalogue.md
 	$(BIN)/python -m pytest -q -n auto tests/laws/test_every_recipe.py --write-laws docs/laws.md
-	$(BIN)/python -m pytest -q -n auto tests/hf/test_adopt_every_family.py tests/convert/test_export.py --write-families docs/families.md
+	$(BIN)/python -m pytest -q -n auto tests/hf/test_adopt_every_family.py --write-families docs/families.md
 
 clean:           ## remove what the commands above made, runs/ apart
 	rm -rf $(VENV) $(PEERS) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
