@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PEERS  := .venv-parity
+RESULTS := benchmarks/results
 
-.PHONY: env demo test test-fast parity check format docs pages clean
+.PHONY: env demo test test-fast parity check format docs pages bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:            ## what each command does
@@ -56,6 +57,21 @@ pages: env       ## write the pages that come from the code and its tests: catal
 	$(BIN)/python tools/catalogue.py docs/catalogue.md
 	$(BIN)/python -m pytest -q -n auto tests/laws/test_every_recipe.py --write-laws docs/laws.md
 	$(BIN)/python -m pytest -q -n auto tests/hf/test_adopt_every_family.py --write-families docs/families.md
+
+bench: env       ## measure speed and memory on this CPU, about a quarter of an hour, and write docs/speed.md
+	$(BIN)/moesaic bench layer --out $(RESULTS)
+	$(BIN)/moesaic bench model --out $(RESULTS)
+	$(BIN)/moesaic bench decode --out $(RESULTS)
+	$(BIN)/moesaic bench memory --out $(RESULTS)
+	$(BIN)/moesaic bench scale --dtype bfloat16 --out $(RESULTS)
+	$(BIN)/moesaic bench page --results $(RESULTS) --out docs/speed.md
+
+bench-gpu: env   ## the same on a CUDA device
+	$(BIN)/moesaic bench layer --device cuda --out $(RESULTS)
+	$(BIN)/moesaic bench decode --device cuda --case big-fine --out $(RESULTS)
+	$(BIN)/moesaic bench memory --device cuda --out $(RESULTS)
+	$(BIN)/moesaic bench scale --device cuda --dtype bfloat16 --out $(RESULTS)
+	$(BIN)/moesaic bench page --results $(RESULTS) --out docs/speed.md
 
 clean:           ## remove what the commands above made, runs/ apart
 	rm -rf $(VENV) $(PEERS) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

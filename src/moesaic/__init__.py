@@ -1,6 +1,7 @@
 """Moesaic: build, train, look inside, transform and prove Mixture-of-Experts models.
 
-Start reading at ``moesaic/layer.py``. Nothing here imports transformers until the bridge to it is used.
+Start reading at ``moesaic/layer.py``. Nothing here is imported before it is used: ``moesaic.classic`` needs no torch,
+and a layer needs no transformers.
 """
 
 from __future__ import annotations
@@ -8,51 +9,77 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moesaic import balance, dispatch, experts, recipes, routers
-from moesaic.core.context import Context
-from moesaic.core.errors import (
-    BackendError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MoesaicError,
-    ShapeError,
-)
-from moesaic.core.plan import Plan
-from moesaic.core.routing import Routing
 from moesaic.hf.register import register as _register
-from moesaic.layer import MoELayer
-from moesaic.lora import LoRAMoE, MoLE
-from moesaic.merge import MergedMoE
-from moesaic.soft import SoftMoE
 
 if TYPE_CHECKING:
-    from moesaic import convert, data, hf, telemetry
+    from moesaic import balance, classic, convert, data, dispatch, experts, hf, recipes, routers, telemetry
     from moesaic.convert.grow.split import split
     from moesaic.convert.grow.upcycle import upcycle
     from moesaic.convert.shrink.merge import merge_experts
     from moesaic.convert.shrink.prune import prune_experts
     from moesaic.convert.shrink.to_dense import to_dense
+    from moesaic.core.context import Context
+    from moesaic.core.errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        MoesaicError,
+        ShapeError,
+    )
+    from moesaic.core.plan import Plan
+    from moesaic.core.routing import Routing
     from moesaic.hf import adopt, record, sparsify
+    from moesaic.layer import MoELayer
     from moesaic.lens import report
+    from moesaic.lora import LoRAMoE, MoLE
+    from moesaic.merge import MergedMoE
+    from moesaic.soft import SoftMoE
     from moesaic.telemetry import RoutingTrace
 
 __version__ = "0.1.0"
 
-# Imported when first used: these need transformers, or extras such as matplotlib and pyarrow.
-_LAZY_MODULES = ("convert", "data", "hf", "telemetry")
-_LAZY_NAMES = {
+# Imported when first used. The first need torch; those of _LATE need transformers, or extras such as matplotlib,
+# pyarrow and scikit-learn.
+_EARLY = {
+    "BackendError": "moesaic.core.errors",
+    "CheckpointError": "moesaic.core.errors",
+    "ConfigError": "moesaic.core.errors",
+    "Context": "moesaic.core.context",
+    "DataError": "moesaic.core.errors",
+    "LoRAMoE": "moesaic.lora",
+    "MergedMoE": "moesaic.merge",
+    "MoELayer": "moesaic.layer",
+    "MoLE": "moesaic.lora",
+    "MoesaicError": "moesaic.core.errors",
+    "Plan": "moesaic.core.plan",
+    "Routing": "moesaic.core.routing",
+    "ShapeError": "moesaic.core.errors",
+    "SoftMoE": "moesaic.soft",
+    "balance": "moesaic",
+    "dispatch": "moesaic",
+    "experts": "moesaic",
+    "recipes": "moesaic",
+    "routers": "moesaic",
+}
+_LATE = {
+    "RoutingTrace": "moesaic.telemetry",
     "adopt": "moesaic.hf",
+    "classic": "moesaic",
+    "convert": "moesaic",
+    "data": "moesaic",
+    "hf": "moesaic",
     "merge_experts": "moesaic.convert.shrink.merge",
     "prune_experts": "moesaic.convert.shrink.prune",
     "record": "moesaic.hf",
     "report": "moesaic.lens",
     "sparsify": "moesaic.hf",
     "split": "moesaic.convert.grow.split",
+    "telemetry": "moesaic",
     "to_dense": "moesaic.convert.shrink.to_dense",
     "upcycle": "moesaic.convert.grow.upcycle",
-    "RoutingTrace": "moesaic.telemetry",
 }
+_HOME = _EARLY | _LATE
 
 __all__ = [
     "BackendError",
@@ -72,6 +99,7 @@ __all__ = [
     "SoftMoE",
     "adopt",
     "balance",
+    "classic",
     "convert",
     "data",
     "dispatch",
@@ -92,11 +120,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    if _HOME[name] == "moesaic":
         return importlib.import_module(f"moesaic.{name}")
-    if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
-    raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -159,7 +159,7 @@ def plain_stats(
 ) -> dict[str, Any]:
     """Every statistic of a layer, row by row."""
     count, weight, norm, contribution, largest = ([0.0] * num_experts for _ in range(5))
-    output = [torch.zeros_like(tokens[0]) for _ in range(num_experts)]
+    output = [torch.zeros_like(expert_of(0, tokens[0])) for _ in range(num_experts)]
     for token, e, w in rows:
         y_D = expert_of(e, tokens[token])
         length = float(y_D.pow(2).sum().sqrt())

@@ -357,12 +357,14 @@ def test_the_source_folder_itself_is_refused_as_target(tmp_path):
 FORMS = ("deepseek_v4", "ernie4_5_vl_moe", "gpt_oss", "granitemoe", "inkling", "lfm2_moe", "minimax_m2", "qwen3_vl_moe")
 
 
-def check_family(family, tmp_path):
+def check_family(family, tmp_path, *, runs):
     case = tiny(family)
     case.model.save_pretrained(tmp_path / "model")
     source = open_source(tmp_path / "model")
-    receipt = convert(source, change(source, promises=0.0), tmp_path / "out", probe=case.inputs).receipt
-    assert receipt.largest_logit_difference == 0
+    # Files that are equal to the bit need not be run to be compared.
+    probe = case.inputs if runs else None
+    receipt = convert(source, change(source, promises=0.0), tmp_path / "out", probe=probe).receipt
+    assert receipt.largest_logit_difference == (0 if runs else None)
     assert receipt.dropped == {}
     assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "model"))
 
@@ -370,11 +372,11 @@ def check_family(family, tmp_path):
 @written_for_this_transformers
 @pytest.mark.parametrize("family", FORMS)
 def test_names_and_forms_on_disk_are_those_that_the_family_writes(family, tmp_path):
-    check_family(family, tmp_path)
+    check_family(family, tmp_path, runs=True)
 
 
 @pytest.mark.slow
 @written_for_this_transformers
 @pytest.mark.parametrize("family", sorted(set(FAMILIES_OF_TRANSFORMERS) - set(FORMS)))
 def test_names_and_forms_on_disk_of_every_family(family, tmp_path):
-    check_family(family, tmp_path)
+    check_family(family, tmp_path, runs=False)

@@ -5,7 +5,7 @@ import torch
 
 from moesaic import ConfigError, Plan, Routing, ShapeError
 from moesaic.experts import CopyExpert, GatedExperts, MixedExperts, MLPExperts, SequentialExperts, ZeroExpert
-from moesaic.kernels.grouped_ffn import KERNELS
+from tests.kernels.case import IN_FLOAT64
 from tests.tolerances import assert_close
 
 
@@ -21,7 +21,7 @@ def _plan(num_tokens: int, num_experts: int, top_k: int) -> Plan:
     return Plan.from_kept(routing, torch.rand(routing.num_rows) > 0.2)
 
 
-@pytest.mark.parametrize("kernel", [kernel.name for kernel in KERNELS])
+@pytest.mark.parametrize("kernel", [kernel.name for kernel in IN_FLOAT64])
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
 def test_blocks_of_unequal_experts_do_what_one_list_of_them_does(num_tokens, kernel):
     wide, narrow = (GatedExperts(2, 5, hidden, kernel=kernel, init=_wide).double() for hidden in (7, 3))

@@ -6,7 +6,7 @@ import torch
 from moesaic import ConfigError, Plan, Routing, ShapeError
 from moesaic.experts import GatedExperts, MLPExperts
 from moesaic.kernels.activations import gelu, relu_squared
-from moesaic.kernels.grouped_ffn import KERNELS
+from tests.kernels.case import IN_FLOAT64
 from tests.oracle import experts as oracle
 from tests.oracle.router import Row, Table
 from tests.tolerances import assert_close
@@ -25,7 +25,7 @@ def plan_for(num_tokens: int, num_experts: int, top_k: int = 2) -> tuple[Plan, T
     return Plan.from_kept(routing, routing.kept_N), table
 
 
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS], ids=lambda kernel: getattr(kernel, "name", kernel))
+@pytest.mark.parametrize("kernel", ["auto", *IN_FLOAT64], ids=lambda kernel: getattr(kernel, "name", kernel))
 @pytest.mark.parametrize("act", [gelu, relu_squared], ids=lambda act: act.name)
 @every_kind
 def test_experts_agree_with_plain_loops(kind, act, kernel):
@@ -77,4 +77,7 @@ def test_an_unknown_kernel_is_refused(kind):
     plan, _ = plan_for(7, 4)
     with pytest.raises(ConfigError) as error:
         kind(4, 5, 3, kernel="fast")(torch.zeros(7, 5), plan)
-    assert str(error.value) == "kernel must be auto or one of torch, reference, got 'fast'. Use auto if unsure."
+    assert (
+        str(error.value)
+        == "kernel must be auto or one of grouped_mm, triton, torch, reference, got 'fast'. Use auto if unsure."
+    )

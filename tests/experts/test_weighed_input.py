@@ -5,8 +5,8 @@ import torch
 
 from moesaic import ConfigError, Plan
 from moesaic.experts import GatedExperts
-from moesaic.kernels.grouped_ffn import KERNELS
 from tests.experts.test_stacked import plan_for
+from tests.kernels.case import IN_FLOAT64
 from tests.oracle import experts as oracle
 from tests.tolerances import assert_close
 
@@ -18,7 +18,7 @@ def _experts(kernel="auto", weigh="input") -> GatedExperts:
     return experts
 
 
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS], ids=lambda kernel: getattr(kernel, "name", kernel))
+@pytest.mark.parametrize("kernel", ["auto", *IN_FLOAT64], ids=lambda kernel: getattr(kernel, "name", kernel))
 @pytest.mark.parametrize("num_tokens", [0, 1, 11])
 def test_weighed_inputs_agree_with_plain_loops_in_outputs_and_every_gradient(num_tokens, kernel):
     experts = _experts(kernel)

@@ -6,9 +6,9 @@ every test behind it ran on the family and passed; the last column is the table 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+
+from tests import pages
 
 HEAD = """\
 # Families
@@ -31,43 +31,27 @@ turns logits into scores. *Best*: what the best K are taken of, and whether a mo
 """
 
 COLUMNS = ("adopt", "record", "balance", "export")
-Cell = tuple[str, str]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-families", metavar="FILE", help="write the table of families there")
+    pages.add_option(parser, "families", "families")
 
 
 @pytest.fixture(autouse=True)
 def _note_family(request: pytest.FixtureRequest, record_property) -> None:
-    """Let the report of each test say which column of which family it is evidence for."""
+    """Let the report of each test say which columns of which family it is evidence for."""
     mark = request.node.get_closest_marker("family_column")
     if mark is not None:
-        record_property("family", [request.node.callspec.params[mark.args[1]].partition("/")[0], mark.args[0]])
-
-
-class _Writer:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.held: dict[Cell, bool] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties:
-            if name == "family" and (report.when == "call" or report.failed) and not report.skipped:
-                cell = (str(value[0]), str(value[1]))
-                self.held[cell] = self.held.get(cell, True) and report.passed
-
-    def pytest_sessionfinish(self) -> None:
-        self.path.write_text(table(self.held), encoding="utf-8")
+        family = request.node.callspec.params[mark.args[1]].partition("/")[0]
+        for column in mark.args[0].split(", "):
+            record_property("families", [family, column])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--write-families", default=None)
-    if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Writer(Path(path)), "families")
+    pages.write_if_asked(config, "families", table)
 
 
-def table(held: dict[Cell, bool]) -> str:
+def table(held: pages.Held) -> str:
     """The page: a line for each family."""
     import transformers
 

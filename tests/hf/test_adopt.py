@@ -141,7 +141,9 @@ def test_reports_say_which_kernel_runs_and_why():
     assert all("asked for by name" in report for report in hf.kernel_reports(made.model).values())
     mz.adopt(made.model, kernel=None)
     assert made.model.get_experts_implementation()[""] == "grouped_mm"
-    with pytest.raises(ConfigError, match="kernel must be auto or one of torch, reference, got 'fast'"):
+    with pytest.raises(
+        ConfigError, match="kernel must be auto or one of grouped_mm, triton, torch, reference, got 'fast'"
+    ):
         mz.adopt(made.model, kernel="fast")
 
 
@@ -178,6 +180,16 @@ def test_an_adopted_model_can_be_copied_and_pickled(family):
         assert trace.num_rows
         assert hf.release(other) is other
     assert hf.is_sparse(made.model)
+
+
+def test_the_random_numbers_of_no_device_begin_anew(monkeypatch):
+    made, seeds, before = tiny("mixtral"), [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)  # what torch.manual_seed calls, GPU or not
+    mz.adopt(made.model, balance={"switch": 0.1})
+    assert seeds == []
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    assert seeds == [3]
 
 
 def test_what_is_loaded_with_an_adopted_models_class_is_its_own_family(tmp_path):

@@ -36,7 +36,7 @@ def backward(model, run, inputs):
     return output, gradients(model), seen, trace
 
 
-@pytest.mark.parametrize(("family", "recomputes"), [("mixtral", False), ("mixtral", True), ("deepseek_v3", False)])
+@pytest.mark.parametrize(("family", "recomputes"), [("mixtral", True), ("deepseek_v3", False)])
 def test_outputs_gradients_losses_and_reports_are_those_without(family, recomputes):
     made = tiny(family, num_hidden_layers=LAYERS[family])
     model, inputs = mz.adopt(made.model, balance={"switch": 0.5, "z": 0.1}).train(), labelled(made)

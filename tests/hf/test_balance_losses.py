@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from moesaic import ConfigError, recipes
-from moesaic.balance import TERMS, LossTerm, global_batch_loss, named, reinforce_loss, switch_loss, z_loss
+from moesaic.balance import TERMS, LossTerm, check, global_batch_loss, named, reinforce_loss, switch_loss, z_loss
 from moesaic.hf import balance, controllers, global_batch, moe_layers, observe, sparsify
 from moesaic.hf.layers import blocks
 from moesaic.hf.loss import token_rewards
@@ -354,24 +354,29 @@ def model_of(recipe, **changes):
 
 
 def taken_by(recipe):
-    """The terms that a recipe takes in place of its own, each with a model that has it."""
+    """The terms that a recipe takes in place of its own."""
+    layer = recipes.get(recipe).layer(8, hidden=8, **OPTIONS[recipe])
     for name in TERMS:
         with contextlib.suppress(ConfigError):
-            yield name, model_of(recipe, balance={name: 2.0})
+            check(named({name: 2.0}), layer, 8)
+            yield name
 
 
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_any_term_goes_with_any_router_or_is_refused(recipe):
-    """What is taken gives a router a finite gradient in a model too; a controller finds what it steers."""
-    taken = 0
-    for name, model in taken_by(recipe):
-        taken += 1
-        if isinstance(named({name: 2.0})[0], LossTerm):
-            seeded(model.train(), batch("llama")).aux_loss.backward()
-            assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values()), name
-            assert gradients(model), name
-        else:
-            assert controllers(model), name
+    """Each that is taken gives a small layer's router a gradient; all together, a model's a finite one."""
+    taken = list(taken_by(recipe))
+    losses = {name: 2.0 for name in taken if isinstance(named({name: 2.0})[0], LossTerm)}
+    if losses:
+        model = model_of(recipe, balance=losses).train()
+        with balance(model) as terms:
+            seeded(model, batch("llama"))
+        assert set(terms.means) == set(losses)
+        terms.total.backward()
+        assert gradients(model)
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
+    for name in set(taken) - set(losses):
+        assert controllers(model_of(recipe, balance={name: 2.0})), name
     layer = next(iter(moe_layers(model_of(recipe)).values()))
     has_weights = any(True for _ in getattr(layer, "router", layer).parameters())
-    assert (taken > 0) == has_weights
+    assert bool(taken) == has_weights

@@ -1,8 +1,5 @@
 """The LSTM language model of 2017: what it computes, what it leaves alone, how it is found again."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -128,17 +125,6 @@ def test_auto_classes_know_it_from_its_configuration():
     config = AutoConfig.for_model("moesaic-lstm", hidden_size=16, intermediate_size=24)
     assert type(config) is LstmConfig
     assert type(AutoModelForCausalLM.from_config(config)) is LstmForCausalLM
-
-
-@pytest.mark.parametrize("first", ["import moesaic", "import transformers; transformers.GenerationMixin"])
-@pytest.mark.parametrize("family", ["dense", "sparse"])
-def test_a_new_process_that_imports_moesaic_reads_it(family, first, tmp_path):
-    model = build("lstm") if family == "dense" else sparse("lstm")
-    model.save_pretrained(tmp_path)
-    script = f"{first}; import moesaic; from transformers import AutoModelForCausalLM as Auto"
-    script += f"; print(type(Auto.from_pretrained({str(tmp_path)!r})).__name__)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
-    assert done.stdout.split() == [type(model).__name__], done.stderr
 
 
 def test_one_layer_leaves_no_place_for_a_network():

@@ -70,10 +70,14 @@ def test_outputs_and_gradients_are_those_of_the_model_of_transformers(family, ho
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [adapted, chosen])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in (*REFUSED, *WAYS)])
-def test_outputs_and_gradients_are_those_of_the_model_of_transformers_in_every_family(family, how):
-    compare(how, family)
+def test_outputs_and_gradients_are_those_of_the_model_of_transformers_in_every_family(family):
+    """Adapters that adoption finds, and weights that are chosen when it is there."""
+    model, inputs = labelled(family)
+    expected = outcome(adapted(copy.deepcopy(model)), inputs)
+    assert_alike(outcome(adopt(adapted(copy.deepcopy(model))), inputs), expected)
+    expected = outcome(chosen(copy.deepcopy(model)), inputs)
+    assert_alike(outcome(chosen(adopt(model)), inputs), expected)
 
 
 @pytest.mark.parametrize("family", WAYS)

@@ -6,14 +6,11 @@ every test of that law ran on the recipe and passed.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from moesaic import recipes
+from tests import pages
 from tests.laws.law import LAWS, why_not
-
-Cell = tuple[int, str]
 
 HEAD = """\
 # Recipes and laws
@@ -27,7 +24,7 @@ outputs, losses and every gradient, are plain float64 loops (`tests/oracle`).
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-laws", metavar="FILE", help="write the table of recipes and laws there")
+    pages.add_option(parser, "laws", "recipes and laws")
 
 
 @pytest.fixture(autouse=True)
@@ -35,31 +32,14 @@ def _note_law(request: pytest.FixtureRequest, record_property) -> None:
     """Let the report of each test say which law it tried on which recipe."""
     mark = request.node.get_closest_marker("law")
     if mark is not None:
-        record_property("law", [mark.args[0], request.node.callspec.params["setting"].recipe_name])
-
-
-class _Writer:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.held: dict[Cell, bool] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties:
-            if name == "law" and (report.when == "call" or not report.passed):
-                cell = (int(value[0]), str(value[1]))
-                self.held[cell] = self.held.get(cell, True) and report.passed
-
-    def pytest_sessionfinish(self) -> None:
-        self.path.write_text(table(self.held), encoding="utf-8")
+        record_property("laws", [mark.args[0], request.node.callspec.params["setting"].recipe_name])
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--write-laws", default=None)
-    if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Writer(Path(path)), "laws")
+    pages.write_if_asked(config, "laws", table)
 
 
-def table(held: dict[Cell, bool]) -> str:
+def table(held: pages.Held) -> str:
     """The page: a line for each recipe, a column for each law."""
     letters: dict[str, str] = {}
     lines = [

@@ -289,7 +289,10 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
     [
         ({"num_shared": -1}, "num_shared must be at least 0, got -1. DeepSeek-V3 has 1."),
         ({"init_std": -0.5}, "init_std must be at least 0, got -0.5. Most language models use 0.02."),
-        ({"kernel": "foo"}, "kernel must be auto or one of torch, reference, got 'foo'. Use auto if unsure."),
+        (
+            {"kernel": "foo"},
+            "kernel must be auto or one of grouped_mm, triton, torch, reference, got 'foo'. Use auto if unsure.",
+        ),
         (
             {"scale": 0.0},
             "scale must not be 0, got 0.0: every weight and gradient would be 0. DeepSeek-V3 uses 2.5.",

@@ -25,13 +25,14 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "corpus")
 
 
+def small(out: Path, text: Path, **changes: object) -> TrainConfig:
+    """A run that takes a fraction of a second."""
+    numbers = {"width": 16, "layers": 2, "heads": 2, "hidden": 16, "num_experts": 4, "context": 24}
+    length = {"steps": 8, "batch_size": 2, "grad_accumulation": 2, "save_every": 3, "eval_every": 4, "log_every": 2}
+    return TrainConfig(out=out, **{"data": str(text), **numbers, **length, **changes})
+
+
 @pytest.fixture
 def tiny(text, tmp_path):
     """Makes configs of runs that take a fraction of a second."""
-
-    def config(out: str = "run", **changes: object) -> TrainConfig:
-        numbers = {"width": 16, "layers": 2, "heads": 2, "hidden": 16, "num_experts": 4, "context": 24}
-        length = {"steps": 8, "batch_size": 2, "grad_accumulation": 2, "save_every": 3, "eval_every": 4, "log_every": 2}
-        return TrainConfig(out=tmp_path / out, **{"data": str(text), **numbers, **length, **changes})
-
-    return config
+    return lambda out="run", **changes: small(tmp_path / out, text, **changes)

@@ -62,7 +62,7 @@ def _check_moved_is_read(term: Rule, terms: Sequence[BalanceTerm]) -> None:
 def _check_loss(term: LossTerm, layer: nn.Module, width: int) -> None:
     name = type(getattr(layer, "router", layer)).__name__
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         layer = _moved(layer)
         weights = [weight for weight in getattr(layer, "router", layer).parameters() if weight.requires_grad]
         if not weights:

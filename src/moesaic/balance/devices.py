@@ -56,9 +56,11 @@ def communication_loss(routing: Routing) -> Tensor:
     devices_per_token = _extra(routing, "devices_per_token", "communication_loss")
     statistics = sequence_statistics(routing)
     with torch.no_grad():
-        visited_TG = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
-        row_N = routing.valid_N.nonzero().squeeze(-1)
-        visited_TG[routing.token_N[row_N], device_E[routing.expert_N[row_N]]] = True
+        # Counted, since the valid rows cannot be picked without asking the device how many there are.
+        visits = torch.zeros(routing.scores_TE.numel(), dtype=torch.int64, device=device_E.device)
+        cell_N = routing.token_N * routing.num_experts + device_E[routing.expert_N]
+        visits.index_add_(0, cell_N, routing.valid_N.to(torch.int64))
+        visited_TG = visits.view(routing.scores_TE.shape) > 0
         sent_SG = torch.zeros_like(statistics.share_SE)
         sent_SG.index_add_(0, statistics.sequence_T, visited_TG.to(sent_SG.dtype))
         even_S = devices_per_token * statistics.tokens_S.clamp_min(1) / (device_E.max() + 1)

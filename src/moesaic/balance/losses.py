@@ -111,8 +111,18 @@ def sequence_statistics(routing: Routing) -> Statistics:
     """Statistics of each sequence; a routing that names no sequences is read as one."""
     if routing.sequence_T is None:
         return _statistics(routing, _as_one_sequence(routing), num_sequences=1)
-    num_sequences = int(routing.sequence_T.max()) + 1 if routing.num_tokens else 1
-    return _statistics(routing, routing.sequence_T, num_sequences)
+    return _statistics(routing, routing.sequence_T, _room_for_sequences(routing.sequence_T))
+
+
+def _room_for_sequences(sequence_T: Tensor) -> int:
+    """How many sequences there may be: their number, or where asking for it has the host wait, as many as tokens.
+
+    A sequence without tokens is left out of every mean, so that losses are the same.
+    """
+    num_tokens = sequence_T.shape[0]
+    if sequence_T.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, num_tokens)
+    return int(sequence_T.max()) + 1 if num_tokens else 1
 
 
 def _as_one_sequence(routing: Routing) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli import convert, generate, inspect, lab, recipes, train
+from moesaic.cli import bench, convert, generate, inspect, lab, recipes, train
 
 app = typer.Typer(
     name="moesaic",
@@ -24,6 +24,7 @@ for verb in (train, inspect, generate):
     verb.add_to(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(convert.app, name="convert")
+app.add_typer(bench.app, name="bench")
 app.add_typer(lab.app, name="lab")
 
 

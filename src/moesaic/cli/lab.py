@@ -174,6 +174,96 @@ def pretrained(
     _say(f"Wrote {', '.join(map(str, written))}.")
 
 
+@app.command(epilog="Example: moesaic lab vowels --data peterson_barney.csv --out vowels.md")
+def vowels(
+    data: Annotated[
+        Path | None, typer.Option(help="CSV file with Speaker, Vowel, F1 and F2.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page; its picture goes beside it.")] = Path("vowels.md"),
+    work: Annotated[Path, typer.Option(help="Folder for figures; what is there is not run again.")] = Path(
+        "runs/vowels"
+    ),
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each learner.")] = 25,
+    quick: Annotated[bool, typer.Option("--quick", help="A few runs on vowels drawn at random, in seconds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell vowels apart as in 1991: which experts stay alive, and how many passes they take beside a network."""
+    from dataclasses import replace
+
+    from moesaic.lab.classic import Record, Vowels, drawn_vowels, read_vowels
+    from moesaic.lab.classic.drawn import needs
+    from moesaic.lab.classic.vowels import QUICK
+    from moesaic.lab.classic.vowels_page import write
+
+    needs("sklearn", "matplotlib")
+    speech = drawn_vowels() if quick else read_vowels(_given(data, "the vowels of Peterson and Barney, a CSV file"))
+    source = "drawn around the published means" if quick else "measured by Peterson and Barney"
+    experiment = QUICK if quick else replace(Vowels(), runs=runs)
+    record = Record(work / ("quick.json" if quick else "vowels.json"), experiment.plan(source))
+    with _counted(experiment.total) as done:
+        found = experiment.run(speech, record, done)
+    _wrote(write(found, experiment, speech, source, out), found, as_json)
+
+
+@app.command(epilog="Example: moesaic lab robot-arm --data puma560.npz --out robot-arm.md")
+def robot_arm(
+    data: Annotated[Path | None, typer.Option(help="File with arrays X and Y, .npz.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="The page; its picture goes beside it.")] = Path("robot-arm.md"),
+    work: Annotated[Path, typer.Option(help="Folder for figures; what is there is not run again.")] = Path(
+        "runs/robot-arm"
+    ),
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each tree; networks and gradients have at most 3.")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="A small arm in a plane, in seconds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a robot arm as in 1994: trees by EM, on-line and by gradient, beside back-propagation and CART."""
+    from dataclasses import replace
+
+    from moesaic.lab.classic import Record, RobotArm, planar_arm, read_arm
+    from moesaic.lab.classic.drawn import needs
+    from moesaic.lab.classic.robot_arm import QUICK
+    from moesaic.lab.classic.robot_arm_page import write
+
+    needs("sklearn", "matplotlib")
+    arm = planar_arm() if quick else read_arm(_given(data, "the arm's states, an .npz file with X and Y"))
+    source = "An arm of two links in a plane" if quick else "A Puma 560's first four joints, simulated"
+    experiment = QUICK if quick else replace(RobotArm(), runs=runs)
+    record = Record(work / ("quick.json" if quick else "robot-arm.json"), experiment.plan(source))
+    with _counted(experiment.total) as done:
+        found = experiment.run(arm, record, done)
+    _wrote(write(found, experiment, arm, source, out), found, as_json)
+
+
+def _given(data: Path | None, what: str) -> Path:
+    """The file that was given.
+
+    Raises:
+        DataError: if none was.
+    """
+    if data is None:
+        from moesaic.core.errors import DataError
+
+        raise DataError(
+            f"This experiment needs {what}, with --data, and got none: they do not ship with Moesaic. See that it runs "
+            "with --quick."
+        )
+    return data
+
+
+@contextmanager
+def _counted(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar; call what it gives with what was done last."""
+    with _progress(total) as advance:
+        count = iter(range(1, total + 1))
+        yield lambda last: advance(next(count, total), last)
+
+
+def _wrote(files: Sequence[Path], figures: object, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    _say(f"Wrote {', '.join(map(str, files))}.")
+
+
 def _all_recipes() -> list[str]:
     from moesaic import recipes
 

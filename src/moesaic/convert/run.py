@@ -99,7 +99,8 @@ def convert(
         receipt = replace(receipt, size_bytes=_size_of(model))
         return Converted(receipt=compared(receipt, source, model, config, batch), model=model, folder=None)
     with _writing(Path(out), source, ledger) as partial, _home(source, change, ledger, partial) as home:
-        written = _write(source, ledger, config, home, shard_bytes or source.shard_bytes or DEFAULT_SHARD_BYTES)
+        most = shard_bytes or source.shard_bytes or DEFAULT_SHARD_BYTES
+        written = _write(source, ledger, config, home, most, as_in_memory=home != partial)
         receipt = replace(receipt, size_bytes=written.total_bytes, stored_out=written.num_tensors)
         receipt = compared(receipt, source, home, config, batch)
         if source.place is not None and optimizer.has_state(source.place.folder):
@@ -114,13 +115,14 @@ def convert(
 def _home(source: Source, change: Change, ledger: Ledger, partial: Path) -> Iterator[Path]:
     """Where the model goes: the folder itself, or a checkpoint in it where a run in mid-training is to go on."""
     place, config = source.place, ledger.target.model.config
-    is_ours = config_is_ours(config)
-    # Training holds our sparse models and dense ones, and takes no encoder-decoder from a folder.
-    can_go_on = (is_ours or not moe_layouts(ledger.target)) and not config.is_encoder_decoder
-    if place is None or place.run is None or not can_go_on:
+    if place is None or place.run is None or config.is_encoder_decoder:  # training takes no such model from a folder
         yield partial
         return
-    with new_run(place, partial, kind="moe" if is_ours else "dense", method=change.method) as home:
+    is_mixture = config_is_ours(config) or bool(moe_layouts(ledger.target))
+    if is_mixture and not config_is_ours(config) and config_is_ours(source.config):
+        yield partial  # a model of ours that is exported is for others to serve
+        return
+    with new_run(place, partial, kind="moe" if is_mixture else "dense", method=change.method) as home:
         yield home
 
 
@@ -151,10 +153,14 @@ def _tensors(source: Source, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _write(source: Source, ledger: Ledger, config: PreTrainedConfig, folder: Path, shard_bytes: int) -> ShardWriter:
-    disk, shards = ToDisk(ledger.target), ShardWriter(folder, shard_bytes)
+def _write(
+    source: Source, ledger: Ledger, config: PreTrainedConfig, folder: Path, shard_bytes: int, *, as_in_memory: bool
+) -> ShardWriter:
+    # A run goes on from names in memory: those that its own checkpoints have.
+    add = _as_they_are if as_in_memory else ToDisk(ledger.target).add
+    shards = ShardWriter(folder, shard_bytes)
     for name, tensor in _tensors(source, ledger):
-        for on_disk, part in disk.add(name, tensor).items():
+        for on_disk, part in add(name, tensor).items():
             shards.add(on_disk, part)
     shards.close()
     config.save_pretrained(folder)
@@ -164,6 +170,10 @@ def _write(source: Source, ledger: Ledger, config: PreTrainedConfig, folder: Pat
     elif source.model is not None and source.model.can_generate():
         source.model.generation_config.save_pretrained(folder)
     return shards
+
+
+def _as_they_are(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor}
 
 
 def beside(folder: Path) -> list[Path]:

@@ -1,6 +1,13 @@
-"""The table that everything reads, the plan that sorts it, and the words they share."""
+"""The table that everything reads, the plan that sorts it, and the words they share.
 
-from moesaic.core.context import Context
+Nothing here imports torch before a name that needs it is used: ``moesaic.classic`` is built on numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from moesaic.core.errors import (
     BackendError,
     CheckpointError,
@@ -10,8 +17,13 @@ from moesaic.core.errors import (
     ShapeError,
     StoppedElsewhereError,
 )
-from moesaic.core.plan import Plan
-from moesaic.core.routing import Routing
+
+if TYPE_CHECKING:
+    from moesaic.core.context import Context
+    from moesaic.core.plan import Plan
+    from moesaic.core.routing import Routing
+
+_HOME = {"Context": "context", "Plan": "plan", "Routing": "routing"}
 
 __all__ = [
     "BackendError",
@@ -25,3 +37,9 @@ __all__ = [
     "ShapeError",
     "StoppedElsewhereError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moesaic.core' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moesaic.core.{_HOME[name]}"), name)

@@ -24,7 +24,9 @@ def normal(std: float) -> Init:
         raise ConfigError(f"init_std must be at least 0, got {std}. Most language models use 0.02.")
 
     def draw(weight: Tensor, _fan_in: int) -> None:
-        nn.init.normal_(weight, std=std)
+        # Without memory there is nothing to draw, and PyTorch takes its time to find out.
+        if not weight.is_meta:
+            nn.init.normal_(weight, std=std)
 
     return draw
 

@@ -21,4 +21,6 @@ ALPHABET = {
     "V": "vocabulary",
     "Q": "domains of text",
     "R": "rank of a low-rank map",
+    "O": "outputs of an expert, where they are targets or classes",
+    "A": "branches of a tree of gates",
 }

@@ -12,14 +12,21 @@ from torch import Tensor, nn
 from moesaic.core.errors import ShapeError
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
-from moesaic.kernels.grouped_ffn import Choice, Kernel, choose
+from moesaic.kernels.grouped_ffn import Choice, Kernel, Stacks, choose
+from moesaic.kernels.grouped_ffn.by_token import add_up, live
 
 
-def pick(kernel: Kernel | str, weight: Tensor) -> Choice:
-    """The kernel that serves experts with weights like this one, and why."""
+def pick(kernel: Kernel | str, weight: Tensor, stacks: Stacks | None = None) -> Choice:
+    """The kernel that serves experts with weights like this one, and why.
+
+    Args:
+        kernel: "auto", a kernel's name, or a kernel.
+        weight: of their device and dtype.
+        stacks: all of them, where they are at hand.
+    """
     if isinstance(kernel, Kernel):
         return Choice(kernel=kernel, reason="handed in")
-    return choose(kernel, weight.device, weight.dtype)
+    return choose(kernel, weight.device, weight.dtype, stacks)
 
 
 def kernel_report(experts: nn.Module) -> str:
@@ -32,7 +39,9 @@ def kernel_report(experts: nn.Module) -> str:
     kernel = getattr(experts, "kernel", None)
     if kernel is None:
         return f"{type(experts).__name__}: no kernel, each expert runs as its own module"
-    choice = pick(cast("Kernel | str", kernel), next(experts.parameters()))
+    up_EDF, down_EFD = getattr(experts, "up_EDF", None), getattr(experts, "down_EFD", None)
+    stacks = None if up_EDF is None or down_EFD is None else (getattr(experts, "gate_EDF", None), up_EDF, down_EFD)
+    choice = pick(cast("Kernel | str", kernel), next(experts.parameters()), stacks)
     return f"{choice.kernel.name}: {choice.kernel.what}; {choice.reason}"
 
 
@@ -73,28 +82,26 @@ def run_grouped(
     device = x_TD.device.type
     cast = _autocast_to(device)
     with torch.autocast(device, enabled=False):
-        up = cast(up_EDF)
-        gate = None if gate_EDF is None else cast(gate_EDF)
-        run = pick(kernel, up).kernel.run
+        gate, up, down = None if gate_EDF is None else cast(gate_EDF), cast(up_EDF), cast(down_EFD)
+        run = pick(kernel, up, (gate, up, down)).kernel.run
         if weigh == "output":
-            y_TD = run(cast(x_TD), plan, gate, up, cast(down_EFD), activation)
+            y_TD = run(cast(x_TD), plan, gate, up, down, activation)
         else:
             x_ND, row_plan = _weighed_rows(x_TD, plan)
-            y_ND = run(cast(x_ND), row_plan, gate, up, cast(down_EFD), activation)
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            token_N = plan.token_N[: x_ND.shape[0]]
-            y_TD = torch.zeros_like(x_TD, dtype=wide).index_add(0, token_N, y_ND.to(wide))
+            y_TD = add_up(run(cast(x_ND), row_plan, gate, up, down, activation), plan, x_TD.shape[0])
     return y_TD.to(x_TD.dtype)
 
 
 def _weighed_rows(x_TD: Tensor, plan: Plan) -> tuple[Tensor, Plan]:
-    """The inputs of the rows that experts work on, each times its weight, and the plan that takes them one by one."""
-    num_rows = int(plan.load_E.sum())
-    weight_N = plan.weight_N[:num_rows, None]
-    # The product in the router's precision, then rounded: rows of padding and dropped ones are not even read.
-    x_ND = (x_TD[plan.token_N[:num_rows]].to(weight_N.dtype) * weight_N).to(x_TD.dtype)
+    """The inputs of a plan's rows, each times its weight, and the plan that takes them one by one."""
+    num_rows = plan.token_N.shape[0]
+    weight_N1 = plan.weight_N[:, None]
+    # What padding or a dropped token holds stands in no product, not even times 0.
+    x_ND = torch.where(live(plan.offset_E, num_rows)[:, None], x_TD[plan.token_N], 0)
+    # The product in the router's precision, then rounded.
+    x_ND = (x_ND.to(weight_N1.dtype) * weight_N1).to(x_TD.dtype)
     row_N = torch.arange(num_rows, device=x_TD.device)
-    return x_ND, replace(plan, row_N=row_N, token_N=row_N, weight_N=torch.ones_like(plan.weight_N[:num_rows]))
+    return x_ND, replace(plan, row_N=row_N, token_N=row_N, weight_N=torch.ones_like(plan.weight_N))
 
 
 def _autocast_to(device: str) -> Callable[[Tensor], Tensor]:

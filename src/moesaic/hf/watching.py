@@ -70,6 +70,33 @@ def adopted(model: nn.Module) -> Iterator[None]:
         release(model)
 
 
+@contextmanager
+def on_our_kernels(model: nn.Module) -> Iterator[None]:
+    """Let our kernels run the experts of a mixture of transformers for a while, whoever runs them otherwise.
+
+    One that is adopted already routes as it does; models of ours are left alone.
+
+    Raises:
+        ConfigError: if it is a mixture that Moesaic cannot describe, or cannot run.
+    """
+    from moesaic.hf.native.adopt import adopt, is_native_mixture
+    from moesaic.hf.native.router import Adoption
+    from moesaic.hf.native.undo import undo_to_now
+
+    if not is_native_mixture(model):
+        yield
+        return
+    undo, before = undo_to_now(model), {part: part.__dict__.get("_moesaic") for part in model.modules()}
+    try:
+        adopt(model)
+        for part, adoption in before.items():
+            if isinstance(adoption, Adoption):
+                part.__dict__["_moesaic"] = adoption
+        yield
+    finally:
+        undo()
+
+
 class BalanceTerms:
     """The balance losses of the forwards that have run in a :func:`balance` block.
 

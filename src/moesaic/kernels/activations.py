@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,22 @@ from torch import Tensor
 
 from moesaic.core.errors import ConfigError
 
+# Overloads are named: to find one by its arguments takes Python longer than the operation takes.
 _aten = torch.ops.aten
+
+
+class Forward(Protocol):
+    """Pre-activations to activations."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Written to ``out`` where it is given, which may not be differentiated through."""
+
+
+class Backward(Protocol):
+    """Gradient of the activations, and pre-activations, to the gradient of the pre-activations."""
+
+    def __call__(self, grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Written to ``out`` where it is given; that may be ``grad``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,34 +35,74 @@ class Activation:
 
     Attributes:
         name: what settings and checkpoints call it.
-        forward: pre-activations to activations.
-        backward: (gradient of the activations, pre-activations) to the gradient of the pre-activations.
+        forward: the function.
+        backward: its derivative, times the gradient of what follows.
     """
 
     name: str
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    forward: Forward
+    backward: Backward
 
-    def __reduce__(self) -> tuple[Callable[[str], Activation], tuple[str]]:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
         return activation, (self.name,)
 
     def __deepcopy__(self, _memo: object) -> Activation:
         return self
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def _silu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    result: Tensor = F.silu(x) if out is None else _aten.silu.out(x, out=out)
+    return result
 
 
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    result: Tensor = (
+        _aten.silu_backward(grad, x) if out is None else _aten.silu_backward.grad_input(grad, x, grad_input=out)
+    )
+    return result
 
 
-silu = Activation("silu", F.silu, _aten.silu_backward)
-gelu = Activation("gelu", F.gelu, _aten.gelu_backward)
-gelu_tanh = Activation("gelu_tanh", _gelu_tanh, lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"))
-relu = Activation("relu", F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0))
-relu_squared = Activation("relu_squared", _relu_squared, lambda grad, x: 2 * grad * F.relu(x))
+def _gelu(approximate: str) -> tuple[Forward, Backward]:
+    def forward(x: Tensor, out: Tensor | None = None) -> Tensor:
+        result: Tensor = F.gelu(x, approximate=approximate) if out is None else _aten.gelu.out(x, **how, out=out)
+        return result
+
+    def backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            result: Tensor = _aten.gelu_backward(grad, x, **how)
+        else:
+            result = _aten.gelu_backward.grad_input(grad, x, **how, grad_input=out)
+        return result
+
+    how = {"approximate": approximate}
+    return forward, backward
+
+
+def _relu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.relu(x) if out is None else torch.clamp_min(x, 0, out=out)
+
+
+def _relu_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        result: Tensor = _aten.threshold_backward(grad, x, 0)
+    else:
+        result = _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+    return result
+
+
+def _relu_squared(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return _relu(x).square() if out is None else _relu(x, out).square_()
+
+
+def _relu_squared_backward(grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(grad, 2 * _relu(x), out=out)
+
+
+silu = Activation("silu", _silu, _silu_backward)
+gelu = Activation("gelu", *_gelu("none"))
+gelu_tanh = Activation("gelu_tanh", *_gelu("tanh"))
+relu = Activation("relu", _relu, _relu_backward)
+relu_squared = Activation("relu_squared", _relu_squared, _relu_squared_backward)
 
 _ACTIVATIONS = {value.name: value for value in (silu, gelu, gelu_tanh, relu, relu_squared)}
 

@@ -29,7 +29,7 @@ _INDICES = re.compile(r"[0-9]+(,[0-9]+)*")
 # What a model folder says for itself.
 _OF_THE_MODEL = (
     *("recipe", "tokenizer", "backbone", "width", "layers", "moe_layers", "heads", "hidden", "num_experts", "top_k"),
-    *("options", "aux_coefficients", "balance", "init_std", "twin"),
+    *("options", "aux_coefficients", "init_std", "twin"),
 )
 _WHOLE = (*_POSITIVE, *_POSITIVE_OR_AUTO, "warmup", "seed", "context")
 
@@ -41,7 +41,8 @@ class TrainConfig:
     Args:
         out: the run folder.
         init: a model folder, such as ``moesaic convert`` writes, or a run folder, to go on from: its model with its
-            weights in float32, and its tokenizer. Settings of the model are then the folder's and must be left out.
+            weights in float32, and its tokenizer. Settings of the model are then the folder's and must be left out. A
+            mixture of transformers is adopted, with ``balance`` if given.
         trainable: a regular expression; parameters are frozen unless it is found in their names. None to train all.
         recipe: a name from ``moesaic.recipes.names()``.
         data: ``builtin``, or a text file, JSON lines, Parquet or folder.
@@ -60,7 +61,7 @@ class TrainConfig:
         options: further options of the recipe.
         aux_coefficients: how strongly balance losses pull, by name; by default as the recipe says.
         balance: losses and controllers in place of the recipe's, by their names in ``moesaic.balance.TERMS``, each
-            with its number.
+            with its number; or those of the mixture of transformers that ``init`` names, which has none of its own.
         init_std: standard deviation of the initial weights of MoE and twin; by default 0.02, and for widths below
             768 larger as one over the square root of the width, so that activations keep their size. ``t5`` draws its
             own weights by their fan-in, as published: there this is for the experts alone.

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 
 def first_model(config: TrainConfig) -> PreTrainedModel:
-    """Read the model that ``config.init`` names, with its weights in float32."""
+    """Read the model that ``config.init`` names, with its weights in float32; a mixture of transformers is adopted."""
+    from moesaic.hf import adopt
+
     assert config.init is not None
     model = load_trained(Path(config.init)).model
     nn.Module.float(model)
-    return model
+    return adopt(model, balance=config.balance) if _is_native(model) else model
 
 
 def first_kind(config: TrainConfig) -> str:
@@ -32,11 +34,13 @@ def first_kind(config: TrainConfig) -> str:
 
     Raises:
         CheckpointError: if there is no model.
-        ConfigError: if it is an encoder-decoder, or made for shorter texts.
+        ConfigError: if it is an encoder-decoder, made for shorter texts, or a mixture that cannot be adopted; or if
+            there is balance for a model that has none or its own.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from moesaic.hf import is_sparse
+    from moesaic.hf.native.adopt import check_adoptable
     from moesaic.hf.register import register
 
     assert config.init is not None
@@ -57,7 +61,24 @@ def first_kind(config: TrainConfig) -> str:
     with torch.device("meta"):
         model: PreTrainedModel = build(described)
     freeze(model, config.trainable)
+    if _is_native(model):
+        check_adoptable(model, balance=config.balance)
+        return "moe"
+    if config.balance is not None:
+        has = "balances its layers as its recipe says" if is_sparse(model) else "has no MoE layers"
+        raise ConfigError(
+            f"balance beside init is for mixtures of transformers, got balance={dict(config.balance)} and the model in "
+            f"{config.init}, which {has}. Leave balance out."
+        )
     return "moe" if is_sparse(model) else "dense"
+
+
+def _is_native(model: nn.Module) -> bool:
+    """Whether a model is a mixture of transformers, of a family that we know or not."""
+    from moesaic.hf.native.adopt import is_native_mixture
+    from moesaic.hf.native.found import is_interface
+
+    return is_native_mixture(model) or any(is_interface(part) for part in model.modules())
 
 
 def freeze(model: PreTrainedModel, trainable: str | None) -> None:

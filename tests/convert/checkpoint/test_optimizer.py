@@ -18,34 +18,41 @@ from moesaic.convert.steps import Change, Step
 from moesaic.core.errors import CheckpointError
 from moesaic.train import config as train_config
 from moesaic.train import folder, resume, train
-from moesaic.train.trainer import MoeTrainer
-from tests.train.conftest import text, tiny  # noqa: F401  # fixtures
+from tests.train.conftest import small, text  # noqa: F401  # a fixture
 from tests.train.runs import assert_equal_runs
 
+PAIR = {"options": {"jitter": 0.1, "capacity_factor": 0.75}, "twin": True}
 
-class CrashError(Exception):
-    """Stands for whatever ends a process."""
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):  # noqa: F811
+    """Gives finished runs of 8 steps, each trained once for all tests, none of which changes it."""
+    known = {}
+
+    def run(**settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in known:
+            config = small(tmp_path_factory.mktemp("runs") / "run", text, **settings)
+            known[key] = (config.out, train(config))
+        return known[key]
+
+    return run
 
 
 @pytest.fixture
-def broken_off(tiny, monkeypatch):  # noqa: F811
-    """Makes runs of 8 steps that were broken off after the checkpoint of step 6, and their unbroken twins."""
+def broken_off(finished, tmp_path):
+    """Makes runs as if they had been broken off after the checkpoint of step 6."""
 
-    def make(out="broken", **settings):
-        config = tiny(out, **settings)
-        real, calls = MoeTrainer.training_step, []
-
-        def crashing(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 14:
-                raise CrashError
-            return real(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(MoeTrainer, "training_step", crashing)
-            with pytest.raises(CrashError):
-                train(config)
-        return config.out
+    def make(**settings):
+        path = tmp_path / "broken"
+        shutil.copytree(finished(**settings)[0], path)
+        home = path / "moe" if settings.get("twin") else path
+        for gone in (home / "checkpoints" / "checkpoint-8", home / "model", path / "dense"):
+            shutil.rmtree(gone, ignore_errors=True)
+        for summary in (path / "summary.json", home / "summary.json"):
+            summary.unlink(missing_ok=True)
+        assert [one.name for one in (home / "checkpoints").iterdir()] == ["checkpoint-6"]
+        return path
 
     return make
 
@@ -68,24 +75,23 @@ def state_of(path):
     ("recipe", "settings"),
     [
         ("deepseek-v3", {"top_k": 2}),
-        ("switch", {"options": {"jitter": 0.1, "capacity_factor": 0.75}, "twin": True}),
+        ("switch", PAIR),
         ("mixtral", {"backbone": "gpt2", "balance": {"bias": 0.01}}),
     ],
 )
-def test_doing_nothing_in_mid_training_changes_no_bit_of_the_end(tiny, broken_off, tmp_path, recipe, settings):  # noqa: F811
-    whole = tiny("whole", recipe=recipe, **settings)
-    train(whole)
+def test_doing_nothing_in_mid_training_changes_no_bit_of_the_end(finished, broken_off, tmp_path, recipe, settings):
+    whole, _ = finished(recipe=recipe, **settings)
     path = broken_off(recipe=recipe, **settings)
     receipt = convert_run(path, tmp_path / "converted", promises=0.0).receipt
     parameters = len(state_of(tmp_path / "converted" / "checkpoints" / "checkpoint-6"))
     assert receipt.optimizer == f"moments of {parameters} parameters went along"
     torch.manual_seed(99)
     resume(tmp_path / "converted")
-    assert_equal_runs(whole.out / "moe" if settings.get("twin") else whole.out, tmp_path / "converted", 8)
+    assert_equal_runs(whole / "moe" if settings.get("twin") else whole, tmp_path / "converted", 8)
 
 
 def test_a_converted_run_is_a_run(broken_off, tmp_path):
-    path = broken_off()
+    path = broken_off(recipe="mixtral")
     convert_run(path, tmp_path / "converted")
     run = folder.read(tmp_path / "converted")
     assert run.kind == "moe"
@@ -102,7 +108,7 @@ def test_a_converted_run_is_a_run(broken_off, tmp_path):
 
 def test_moments_go_where_the_weights_go(broken_off, tmp_path):
     """Experts in another order, in one layer: moments in that order; the other layer as it was."""
-    path = broken_off()
+    path = broken_off(recipe="mixtral")
     before = state_of(path / "checkpoints" / "checkpoint-6")
     home = "model.layers.0.mlp.moe"
     names = tuple(
@@ -126,10 +132,9 @@ def test_moments_go_where_the_weights_go(broken_off, tmp_path):
     assert summary["moe"]["tokens"]
 
 
-def test_a_shuffled_run_ends_where_the_unshuffled_one_does(tiny, broken_off, tmp_path):  # noqa: F811
+def test_a_shuffled_run_ends_where_the_unshuffled_one_does(finished, broken_off, tmp_path):
     """Renaming experts changes nothing, moments included: the same held-out bits, to float tolerance."""
-    whole = tiny("whole", recipe="mixtral")
-    expected = train(whole)["moe"]["bits_per_byte"]
+    expected = finished(recipe="mixtral")[1]["moe"]["bits_per_byte"]
     path = broken_off(recipe="mixtral")
     steps = []
     for layer in range(2):
@@ -149,7 +154,7 @@ def test_a_shuffled_run_ends_where_the_unshuffled_one_does(tiny, broken_off, tmp
 
 
 def test_what_is_new_starts_from_nothing(broken_off, tmp_path):
-    path = broken_off()
+    path = broken_off(recipe="mixtral")
     name = "model.layers.1.mlp.moe.router.weight"
     step = Step(takes=(name,), gives=(name,), run=lambda tensors: {name: torch.randn_like(tensors[name])})
     receipt = convert_run(path, tmp_path / "converted", step).receipt
@@ -174,17 +179,15 @@ def test_a_native_model_has_the_state_beside_its_weights(broken_off, tmp_path):
     assert torch.equal(after["model.norm.weight"]["exp_avg"], before["model.norm.weight"]["exp_avg"])
 
 
-def test_a_finished_run_is_a_model_without_a_state(tiny, tmp_path):  # noqa: F811
-    config = tiny("done")
-    train(config)
-    receipt = convert_run(config.out, tmp_path / "converted").receipt
+def test_a_finished_run_is_a_model_without_a_state(finished, tmp_path):
+    receipt = convert_run(finished(recipe="mixtral")[0], tmp_path / "converted").receipt
     assert receipt.optimizer is None
     assert (tmp_path / "converted" / "config.json").is_file()
     assert not (tmp_path / "converted" / "run.json").exists()
 
 
 def test_moments_of_another_shape_are_refused(broken_off, tmp_path):
-    path = broken_off()
+    path = broken_off(recipe="mixtral")
     name = "model.layers.0.mlp.moe.router.weight"
     step = Step(takes=(name,), gives=(name,), run=dict, moments=lambda tensors: {name: tensors[name][:2]})
     with pytest.raises(CheckpointError, match=r"the shape \(4, 16\) and its exp_avg the shape \(2, 16\)"):
@@ -193,7 +196,7 @@ def test_moments_of_another_shape_are_refused(broken_off, tmp_path):
 
 
 def test_a_state_that_names_no_parameters_does_not_go_along_and_the_receipt_says_so(broken_off, tmp_path):
-    home = broken_off() / "checkpoints" / "checkpoint-6"
+    home = broken_off(recipe="mixtral") / "checkpoints" / "checkpoint-6"
     rest = json.loads((home / "optimizer.json").read_text())
     del rest["names"]
     (home / "optimizer.json").write_text(json.dumps(rest))
@@ -234,11 +237,10 @@ def test_a_pruned_run_goes_on_with_the_moments_of_the_experts_that_it_kept(broke
     )  # biases are buffers
 
 
-def test_an_upcycled_run_goes_on_with_the_moments_of_the_dense_network(tiny, tmp_path):  # noqa: F811
+def test_an_upcycled_run_goes_on_with_the_moments_of_the_dense_network(finished, tmp_path):
     """The twin of a pair, in mid-training, becomes a mixture of four copies of its networks."""
-    config = tiny("pair", recipe="mixtral", twin=True)
-    train(config)
-    path = config.out / "dense"
+    shutil.copytree(finished(recipe="switch", **PAIR)[0], tmp_path / "pair")
+    path = tmp_path / "pair" / "dense"
     # As it was after step 6: neither the last checkpoint nor the final model was written.
     for gone in ("checkpoints/checkpoint-8", "model"):
         shutil.rmtree(path / gone)

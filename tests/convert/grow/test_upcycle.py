@@ -300,13 +300,15 @@ def test_the_seed_draws_the_router_and_layers_differ():
     assert float(wide.std()) == pytest.approx(7.0, rel=0.3)
 
 
-def test_planning_and_making_tensors_draws_no_numbers_and_leaves_the_model_alone():
-    dense = build("llama")
+def test_planning_and_making_tensors_draws_no_numbers_and_leaves_the_model_alone(monkeypatch):
+    dense, seeds = build("llama"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)  # what torch.manual_seed calls, GPU or not
     source, before, state = open_source(dense), copy.deepcopy(dense.state_dict()), torch.get_rng_state()
     change = upcycling(source, "deepseek-v3", Upcycling(drop_ratio=0.5, noise=0.1), num_experts=4, top_k=2)
     for step in change.steps:
         step.run({name: source.read(name) for name in step.takes})
     assert torch.equal(torch.get_rng_state(), state)
+    assert seeds == []
     upcycle(dense, "deepseek-v3", num_experts=4, top_k=2, method="drop", noise=0.1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert dense.config.model_type == "llama"

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesaic.convert.shrink.calibration import calibrate
 from moesaic.convert.shrink.prune import prune_experts
 from moesaic.convert.shrink.saliency import ExpertStats, StatsSum, super_experts
-from moesaic.core.errors import ConfigError, ShapeError
+from moesaic.core.errors import ConfigError
 from moesaic.hf import adopt, sparsify
 from tests.convert.plain import (
     CHOICES,
@@ -23,7 +23,6 @@ from tests.convert.plain import (
     plain_expert,
     plain_stats,
 )
-from tests.hf.families import FAMILIES, choices, tiny, written_for_this_transformers
 from tests.hf.tiny import build
 
 NATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
@@ -209,7 +208,7 @@ def test_the_mean_gate_of_a_shared_expert_is_measured_without_padding(kind):
 
 
 def test_memory_does_not_grow_with_the_rows_of_a_batch(monkeypatch):
-    import moesaic.convert.shrink.calibration as module
+    import moesaic.convert.shrink.watch as module
 
     model, given = native("mixtral"), batches()
     whole = calibrate(model, given, every_expert=True)
@@ -244,18 +243,6 @@ def test_layers_without_a_routing_table_are_refused():
         calibrate(model, batches())
 
 
-def test_a_mask_for_other_tokens_is_refused():
-    from moesaic.convert.shrink.calibration import _watching, watch_experts
-
-    model = native("mixtral")
-    mask = torch.ones(2, 6)
-    mask[0, 0] = 0
-    with _watching(watch_experts(model)) as say:
-        say({"attention_mask": mask})
-        with pytest.raises(ShapeError, match="one entry for each token that the experts' layer reads, 10, got 12"):
-            model(torch.randint(3, VOCABULARY, (2, 5)))
-
-
 def stats_of(largest_E: list[float]) -> ExpertStats:
     sums = StatsSum(len(largest_E))
     sums.largest_E += torch.tensor(largest_E, dtype=torch.float64)
@@ -285,44 +272,6 @@ def test_experts_that_served_nobody_are_worth_nothing_and_an_unknown_ranking_is_
     assert stats.mean_ED.tolist() == [[0.0, 0.0], [1.5, 3.0], [0.0, 0.0]]
     with pytest.raises(ConfigError, match="by must be one of reap, frequency, ean, weight, got 'norm'"):
         stats.saliency("norm")
-
-
-# --- every family ---------------------------------------------------------------------------------------------------
-
-# No module that takes choices, or several kinds of tokens of which a mask names one.
-_UNSEEN = {
-    *("doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "switch_transformers", "vitpose_backbone"),
-    *("diffusion_gemma", "dots3_note", "ernie4_5_vl_moe"),
-}
-
-
-@written_for_this_transformers
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - _UNSEEN))
-def test_counts_and_weights_are_those_that_each_family_applied(family):
-    made = tiny(family)
-    stats = calibrate(made.model, [made.inputs])
-    valid_T = made.inputs["attention_mask"].reshape(-1).bool()
-    applied = choices(made)
-    assert set(stats) == set(applied)
-    for path, (expert_TK, weight_TK) in applied.items():
-        num_experts = stats[path].num_experts
-        experts, weights = expert_TK.reshape(len(valid_T), -1), weight_TK.reshape(len(valid_T), -1).double()
-        is_real = (experts < num_experts) & valid_T[:, None]
-        count_E = torch.bincount(experts[is_real], minlength=num_experts)
-        weight_E = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, experts[is_real], weights[is_real])
-        assert torch.equal(stats[path].count_E, count_E)
-        assert torch.allclose(stats[path].weight_E, weight_E, rtol=1e-6)
-        assert bool((stats[path].contribution_E[weight_E > 0] > 0).all())
-
-
-@written_for_this_transformers
-@pytest.mark.parametrize("family", sorted(_UNSEEN))
-def test_families_whose_experts_cannot_be_looked_at_are_refused(family):
-    made = tiny(family)
-    with pytest.raises(
-        (ConfigError, ShapeError), match=r"has no experts that can be looked at|one entry for each token"
-    ):
-        calibrate(made.model, [made.inputs])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"])

@@ -7,10 +7,10 @@ import transformers
 
 from tests.hf.families.borrowed import BORROWED
 from tests.hf.families.build import Tiny, tiny
-from tests.hf.families.choices import choices
+from tests.hf.families.choices import choices, valid
 from tests.hf.families.composite import COMPOSITE
 from tests.hf.families.language import LANGUAGE
-from tests.hf.families.variants import VARIANTS
+from tests.hf.families.variants import TRIED, VARIANTS
 
 # The configs are written for this version; fields and families come and go with others.
 WRITTEN_FOR = "5.23"
@@ -22,4 +22,15 @@ written_for_this_transformers = pytest.mark.skipif(
 FAMILIES: tuple[str, ...] = tuple(sorted(LANGUAGE | COMPOSITE))
 ALSO: tuple[str, ...] = tuple(sorted(BORROWED))
 
-__all__ = ["ALSO", "FAMILIES", "VARIANTS", "WRITTEN_FOR", "Tiny", "choices", "tiny", "written_for_this_transformers"]
+__all__ = [
+    "ALSO",
+    "FAMILIES",
+    "TRIED",
+    "VARIANTS",
+    "WRITTEN_FOR",
+    "Tiny",
+    "choices",
+    "tiny",
+    "valid",
+    "written_for_this_transformers",
+]

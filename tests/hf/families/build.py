@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +35,23 @@ class Tiny:
 
 
 def tiny(name: str, *, seed: int = 0, **config_changes: Any) -> Tiny:
-    """Build a tiny model with random weights; equal arguments give equal models and inputs.
+    """Build a tiny model with random weights; equal arguments give equal models and inputs, each call its own.
 
     Args:
         name: of a family, or of a variant (``"deepseek_v3/groups"``).
         config_changes: fields of its config, or of the config inside it that speaks of experts.
     """
+    return built(name, seed, **config_changes) if config_changes else copy.deepcopy(_kept(name, seed))
+
+
+@cache
+def _kept(name: str, seed: int) -> Tiny:
+    """Copies are several times quicker than building anew."""
+    return built(name, seed)
+
+
+def built(name: str, seed: int, **config_changes: Any) -> Tiny:
+    """As :func:`tiny`, from nothing."""
     family, _, _ = name.partition("/")
     entry = TABLE.get(name, TABLE[family])
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")

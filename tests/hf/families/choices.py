@@ -13,9 +13,12 @@ from tests.hf.families.build import Tiny
 Rows = tuple[Tensor, Tensor]  # expert_TK and weight_TK
 
 
-def choices(made: Tiny) -> dict[str, Rows]:
+def choices(made: Tiny, also: Callable[[Any], Any] | None = None) -> Any:
     """One forward of the model: for each module that routes, what it chose for each token (padding included).
 
+    Args:
+        made: the model and its inputs.
+        also: gives what else is wanted of the forward's output, which is returned beside the choices.
     Returns:
         The name of the module that holds the experts (for jetmoe, llama4 and nllb_moe the router, which alone
         knows), to ``expert_TK`` and ``weight_TK``. The weight is what the module's call is given; some families
@@ -35,11 +38,11 @@ def choices(made: Tiny) -> dict[str, Rows]:
             handles.append(module.register_forward_hook(look, with_kwargs=True))
     try:
         with torch.no_grad():
-            made.model(**made.inputs)
+            output = made.model(**made.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen if also is None else (seen, also(output))
 
 
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], Rows]
@@ -111,3 +114,19 @@ READERS: dict[str, Reader] = {
     "SwitchTransformersExperts": of_one_hot,
     "VitPoseNaiveMoe": of_data_sets,
 }
+
+
+def valid(made: Tiny, path: str, num_tokens: int) -> Tensor:
+    """Tokens that are no padding, of those that a layer read: all, or the text or the vision tokens of ERNIE."""
+    inside = "decoder" if made.model.config.is_encoder_decoder and "decoder." in path else ""
+    for name in ("decoder_attention_mask",) if inside else ("attention_mask", "decoder_attention_mask"):
+        mask = made.inputs.get(name)
+        if mask is None or mask.ndim != 2:
+            continue
+        if mask.numel() == num_tokens:
+            return mask.reshape(-1).bool()
+        kinds = made.inputs.get("moe_mm_token_type_ids", made.inputs.get("mm_token_type_ids"))
+        if kinds is not None:
+            mine = kinds.reshape(-1).bool() == ("vision_moe" in path)
+            return mask.reshape(-1).bool()[mine]
+    return torch.ones(num_tokens, dtype=torch.bool)

@@ -100,3 +100,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switch_transformers/router-bias": {"router_bias": True},
     "unlimited_ocr/groups": {"topk_method": "group_limited_greedy", **GROUPS},
 }
+
+SAME_ROUTER: dict[str, tuple[str, ...]] = {
+    "deepseek_v3": ("axk1", "bailing_hybrid", "glm5_next", "kimi_linear", "mimo_v2_flash", "nemotron_h"),
+    "deepseek_v32": ("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hy_v4", "solar_open"),
+    "mellum": ("qwen3_next", "qwen3_omni_moe", "qwen4_exp"),
+    "olmoe": ("flex_olmo", "qwen2_moe", "qwen3_moe"),
+    "deepseek_v2": ("deepseek_ocr2", "unlimited_ocr"),
+}
+"""Families whose routers have the same code as the first's, but for its name; a test compares them."""
+
+_FIRST = {family: first for first, others in SAME_ROUTER.items() for family in others}
+
+
+def _has_a_twin(name: str) -> bool:
+    family, _, variant = name.partition("/")
+    first = f"{_FIRST.get(family)}/{variant}"
+    return first in VARIANTS and VARIANTS[first] == VARIANTS[name]
+
+
+TRIED = tuple(name for name in VARIANTS if not _has_a_twin(name))
+"""The variants to try: one of those that turn the same switch of the same code."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli.convert.show import AsJson
+from moesaic.cli.convert.options import AsJson
 
 
 def add_to(app: typer.Typer) -> None:

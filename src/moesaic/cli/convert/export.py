@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.convert.show import AsJson, Out, Probe, Source, show, working
+from moesaic.cli.convert import verb
+from moesaic.cli.convert.options import Source
+
+if TYPE_CHECKING:
+    from moesaic.convert import Converted
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("export", epilog="Example: moesaic convert export runs/a --out served")(export)
+    verb.add(app, "export", export, example="export runs/a --out served")
 
 
 def export(
     source: Source,
-    out: Out,
     family: Annotated[
         str, typer.Option(help="The family's model_type, such as mixtral; auto takes the first that fits.")
     ] = "auto",
     dropless: Annotated[
         bool, typer.Option("--dropless", help="Leave out a capacity, which no family has: keep the rows it drops.")
     ] = False,
-    probe: Probe = True,
-    as_json: AsJson = False,
-) -> None:
+    **written: Any,
+) -> Converted:
     """Write a model made with sparsify as the family of transformers that computes the same.
 
     vLLM, SGLang, llama.cpp and plain transformers can then serve it. Where no family computes the same, the command
@@ -33,6 +35,4 @@ def export(
     """
     from moesaic.convert import export as convert_to_native
 
-    with working():
-        converted = convert_to_native(source, family, out, dropless=dropless, probe="random" if probe else None)
-    show(converted, as_json=as_json)
+    return convert_to_native(source, family, dropless=dropless, **written)

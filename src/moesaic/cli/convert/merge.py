@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.convert.prune import number_of_experts
-from moesaic.cli.convert.show import AsJson, Out, Probe, Source, show, working
-from moesaic.cli.convert.text import Context, Data, Tokens, batches
+from moesaic.cli.convert import verb
+from moesaic.cli.convert.options import Align, Source, Text, number_of_experts
+
+if TYPE_CHECKING:
+    from moesaic.convert import Converted
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("merge", epilog="Example: moesaic convert merge runs/a --to 0.5 --out smaller")(merge)
+    verb.add(app, "merge", merge, example="merge runs/a --to 0.5 --out smaller")
 
 
 def merge(
     source: Source,
-    out: Out,
     to: Annotated[str, typer.Option(help="Experts that each layer shall have: a number, or a share such as 0.5.")],
     cluster: Annotated[
         str, typer.Option(help="What experts are compared by: outputs, functions, weights or router.")
@@ -27,29 +28,21 @@ def merge(
         str, typer.Option(help="What each counts in its cluster: frequency, saliency or uniform.")
     ] = "frequency",
     router: Annotated[str, typer.Option(help="A cluster's row of the router: mean or dominant.")] = "mean",
-    align: Annotated[
-        bool, typer.Option("--align/--no-align", help="Line up hidden neurons before averaging; slow if very wide.")
-    ] = True,
-    data: Data = "builtin",
-    tokens: Tokens = 65_536,
-    context: Context = None,
-    probe: Probe = True,
-    as_json: AsJson = False,
-) -> None:
+    align: Align = True,
+    *,
+    text: Text,
+    **written: Any,
+) -> Converted:
     """Cluster the experts of each layer and put one expert, their average, in the place of each cluster."""
     from moesaic.convert.shrink.merge import merge_experts
 
-    count = number_of_experts(to, "--to")
-    with working():
-        converted = merge_experts(
-            source,
-            count,
-            cluster=cluster,  # type: ignore[arg-type]  # checked there, as are the next two
-            average=average,  # type: ignore[arg-type]
-            router=router,  # type: ignore[arg-type]
-            align=align,
-            batches=batches(source, data, tokens, context),
-            out=out,
-            probe="random" if probe else None,
-        )
-    show(converted, as_json=as_json)
+    return merge_experts(
+        source,
+        number_of_experts(to, "--to"),
+        cluster=cluster,  # type: ignore[arg-type]  # checked there, as are the next two
+        average=average,  # type: ignore[arg-type]
+        router=router,  # type: ignore[arg-type]
+        align=align,
+        batches=text.batches(source),
+        **written,
+    )

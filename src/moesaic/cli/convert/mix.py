@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.convert.recipe import Layers, Options, Recipe, Seed, TopK, layers_of, options_of
-from moesaic.cli.convert.show import AsJson, Out, Probe, show, working
+from moesaic.cli.convert import verb
+from moesaic.cli.convert.options import Drawn, Layers, Recipe, TopK, layers_of
+
+if TYPE_CHECKING:
+    from moesaic.convert import Converted
 
 _Base = Annotated[
     Path, typer.Argument(help="The model that the branches came from, or any of their shape.", show_default=False)
@@ -32,14 +35,12 @@ _GateScale = Annotated[float, typer.Option(help="Length of a router's rows made 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    example = "Example: moesaic convert mix base code poems --prompts code.txt --prompts poems.txt --out sparse"
-    app.command("mix", epilog=example)(mix)
+    verb.add(app, "mix", mix, example="mix base code poems --prompts code.txt --prompts poems.txt --out sparse")
 
 
 def mix(
     base: _Base,
     branches: _Branches,
-    out: Out,
     recipe: Recipe = "mixtral",
     top_k: TopK = None,
     layers: Layers = "all",
@@ -47,34 +48,29 @@ def mix(
     weight: _Weight = None,
     prompts: _Prompts = None,
     gate_scale: _GateScale = 1.0,
-    seed: Seed = 0,
-    option: Options = None,
-    probe: Probe = True,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    drawn: Drawn,
+    **written: Any,
+) -> Converted:
     """Make the feed-forward networks of several dense models the experts of one mixture, and average the rest.
 
     With prompts, routers send a token to the experts whose prompts look like it; without, training has to find out.
     """
     from moesaic.convert import branch_train_mix
 
-    with working():
-        converted = branch_train_mix(
-            base,
-            branches,
-            recipe=recipe,
-            top_k=top_k,
-            layers=layers_of(layers),
-            rest=rest,  # type: ignore[arg-type]  # checked there
-            weights=weight or None,
-            prompts=[_lines(file) for file in prompts] if prompts else None,
-            gate_scale=gate_scale,
-            seed=seed,
-            out=out,
-            probe="random" if probe else None,
-            **options_of(option),
-        )
-    show(converted, as_json=as_json)
+    return branch_train_mix(
+        base,
+        branches,
+        recipe=recipe,
+        top_k=top_k,
+        layers=layers_of(layers),
+        rest=rest,  # type: ignore[arg-type]  # checked there
+        weights=weight or None,
+        prompts=[_lines(file) for file in prompts] if prompts else None,
+        gate_scale=gate_scale,
+        **drawn.keywords(),
+        **written,
+    )
 
 
 def _lines(file: Path) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.convert.recipe import Layers, NumExperts, Options, Recipe, Seed, TopK, layers_of, options_of
-from moesaic.cli.convert.show import AsJson, Out, Probe, Source, show, working
-from moesaic.cli.convert.text import Context, batches
+from moesaic.cli.convert import verb
+from moesaic.cli.convert.options import Context, Drawn, Mixture, Source, Text
+
+if TYPE_CHECKING:
+    from moesaic.convert import Converted
 
 _Method = Annotated[
     str | None,
@@ -45,17 +47,13 @@ _Spread = Annotated[float, typer.Option(help="Spread of the logits of a gate tha
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    example = "Example: moesaic convert split dense --num-experts 8 --top-k 4 --method coactivation --out sparse"
-    app.command("split", epilog=example)(split)
+    example = "split dense --num-experts 8 --top-k 4 --method coactivation --out sparse"
+    verb.add(app, "split", split, example=example)
 
 
 def split(
     source: Source,
-    out: Out,
-    recipe: Recipe = "mixtral",
-    num_experts: NumExperts = None,
-    top_k: TopK = None,
-    layers: Layers = "all",
+    mixture: Mixture,
     method: _Method = None,
     gate: _Gate = None,
     scale: _Scale = None,
@@ -68,11 +66,10 @@ def split(
     overlap: _Overlap = False,
     hidden: _Hidden = None,
     spread: _Spread = 0.02,
-    seed: Seed = 0,
-    option: Options = None,
-    probe: Probe = True,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    drawn: Drawn,
+    **written: Any,
+) -> Converted:
     """Cut each feed-forward network of a dense model into the experts of an MoE layer.
 
     Parameters stay as many, but for routers. A token then meets only part of the network: the receipt tells how much of
@@ -80,26 +77,24 @@ def split(
     """
     from moesaic.convert.grow.split import split as convert_to_mixture
 
-    named: dict[str, Any] = {"method": method, "gate": gate, "rows": rows, "metric": metric}
-    numbers: dict[str, Any] = {"active_share": active_share, "overlap": overlap, "hidden": hidden, "spread": spread}
-    with working():
-        converted = convert_to_mixture(
-            source,
-            recipe,
-            num_experts=num_experts,
-            top_k=top_k,
-            layers=layers_of(layers),
-            scale=_scale_of(scale),  # type: ignore[arg-type]  # checked there, as are the words below
-            text=None if data == "none" else batches(source, data, tokens, context),
-            max_tokens=tokens,
-            out=out,
-            probe="random" if probe else None,
-            seed=seed,
-            **named,
-            **numbers,
-            **options_of(option),
-        )
-    show(converted, as_json=as_json)
+    text = Text(data=data, tokens=tokens, context=context)
+    return convert_to_mixture(
+        source,
+        **mixture.keywords(),
+        method=method,  # type: ignore[arg-type]  # checked there, as are the other words
+        gate=gate,  # type: ignore[arg-type]
+        scale=_scale_of(scale),  # type: ignore[arg-type]
+        text=None if data == "none" else text.batches(source),
+        max_tokens=tokens,
+        rows=rows,  # type: ignore[arg-type]
+        metric=metric,  # type: ignore[arg-type]
+        active_share=active_share,
+        overlap=overlap,
+        hidden=hidden,
+        spread=spread,
+        **drawn.keywords(),
+        **written,
+    )
 
 
 def _scale_of(text: str | None) -> str | float | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moesaic.cli.convert.recipe import Layers, NumExperts, Options, Recipe, Seed, TopK, layers_of, options_of
-from moesaic.cli.convert.show import AsJson, Out, Probe, Source, show, working
+from moesaic.cli.convert import verb
+from moesaic.cli.convert.options import Drawn, Mixture, Source
+
+if TYPE_CHECKING:
+    from moesaic.convert import Converted
 
 _Granularity = Annotated[
     int, typer.Option(help="Shards that each network is cut into, kept together by virtual groups.", min=1)
@@ -28,17 +31,12 @@ _RouterStd = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
-    example = "Example: moesaic convert upcycle dense --recipe mixtral --num-experts 8 --top-k 2 --out sparse"
-    app.command("upcycle", epilog=example)(upcycle)
+    verb.add(app, "upcycle", upcycle, example="upcycle dense --recipe mixtral --num-experts 8 --top-k 2 --out sparse")
 
 
 def upcycle(
     source: Source,
-    out: Out,
-    recipe: Recipe = "mixtral",
-    num_experts: NumExperts = None,
-    top_k: TopK = None,
-    layers: Layers = "all",
+    mixture: Mixture,
     granularity: _Granularity = 1,
     method: _Method = "copy",
     drop_ratio: _DropRatio = 0.5,
@@ -46,11 +44,10 @@ def upcycle(
     shared: _Shared = "silent",
     scale_in: _ScaleIn = "down",
     router_std: _RouterStd = None,
-    seed: Seed = 0,
-    option: Options = None,
-    probe: Probe = True,
-    as_json: AsJson = False,
-) -> None:
+    *,
+    drawn: Drawn,
+    **written: Any,
+) -> Converted:
     """Copy each feed-forward network of a dense model into the experts of an MoE layer.
 
     The mixture computes what the dense model does, where the recipe's weights of a token add up to one number; the
@@ -58,23 +55,16 @@ def upcycle(
     """
     from moesaic.convert.grow.upcycle import upcycle as convert_to_mixture
 
-    with working():
-        converted = convert_to_mixture(
-            source,
-            recipe,
-            num_experts=num_experts,
-            top_k=top_k,
-            layers=layers_of(layers),
-            granularity=granularity,
-            method=method,  # type: ignore[arg-type]  # checked there, as are the next two
-            drop_ratio=drop_ratio,
-            noise=noise,
-            shared=shared,  # type: ignore[arg-type]
-            scale_in=scale_in,  # type: ignore[arg-type]
-            router_std=router_std,
-            seed=seed,
-            out=out,
-            probe="random" if probe else None,
-            **options_of(option),
-        )
-    show(converted, as_json=as_json)
+    return convert_to_mixture(
+        source,
+        **mixture.keywords(),
+        granularity=granularity,
+        method=method,  # type: ignore[arg-type]  # checked there, as are the next two
+        drop_ratio=drop_ratio,
+        noise=noise,
+        shared=shared,  # type: ignore[arg-type]
+        scale_in=scale_in,  # type: ignore[arg-type]
+        router_std=router_std,
+        **drawn.keywords(),
+        **written,
+    )

@@ -21,7 +21,7 @@ STATE_OF_TRAINING = ("trainer_state.json", "scheduler.json", "rng*", "window*.js
 # Settings that describe a model: a converted run's model is described by its checkpoint.
 OF_THE_MODEL = (
     *("recipe", "backbone", "width", "layers", "moe_layers", "heads", "hidden", "num_experts", "top_k"),
-    *("options", "aux_coefficients", "balance", "init_std", "twin", "tokenizer", "init"),
+    *("options", "aux_coefficients", "init_std", "twin", "tokenizer", "init"),
 )
 
 
@@ -114,7 +114,10 @@ def new_run(place: Place, partial: Path, *, kind: str, method: str) -> Iterator[
     checkpoint.seal(home, place.step)
     record = read_run(place.run)
     record["kind"] = kind
-    record["settings"] = {name: value for name, value in record["settings"].items() if name not in OF_THE_MODEL}
+    # A mixture of transformers keeps no balance itself, its run does; a model of ours has it in its recipe.
+    is_adopted = kind == "moe" and (record["settings"].get("init") is not None or record.get(OWN_MODEL, False))
+    gone = OF_THE_MODEL if is_adopted else (*OF_THE_MODEL, "balance")
+    record["settings"] = {name: value for name, value in record["settings"].items() if name not in gone}
     record |= {OWN_MODEL: True, "converted": method}
     (partial / RUN).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if (place.run / HISTORY).is_file():

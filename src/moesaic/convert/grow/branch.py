@@ -127,30 +127,22 @@ def mixing(
     sources: Sequence[Source],
     recipe: str,
     how: Mixing,
-    *,
-    top_k: int | None = None,
-    layers: str | list[int] = "all",
-    seed: int = 0,
-    **options: Any,
+    **numbers: Any,
 ) -> Change:
     """The change that :func:`branch_train_mix` makes of the joined sources; the base is the first.
 
+    Args:
+        sources: the base and the branches.
+        recipe: of the layers.
+        how: they are mixed.
+        **numbers: of :func:`~moesaic.convert.grow.target.target`, but for that of the experts.
     Raises:
         ConfigError: see :func:`branch_train_mix`.
     """
     base, branches = sources[0], sources[1:]
     for branch in branches:
         _check_alike(base, branch)
-    made = target(
-        base,
-        recipe,
-        layers=layers,
-        hidden=lambda network: network.hidden,
-        num_experts=len(branches),
-        top_k=top_k,
-        seed=seed,
-        **options,
-    )
+    made = target(base, recipe, hidden=lambda network: network.hidden, num_experts=len(branches), **numbers)
     routers = _gates(base, made.rooms, how)
     steps = [_experts_step(room, router, len(branches)) for room, router in zip(made.rooms, routers, strict=True)]
     networks = {name for room in made.rooms for name in room.network.names}

@@ -56,7 +56,7 @@ def likeness(room: Room, fill: Fill, num_neurons: int, router: Mapping[str, Tens
         router: tensors that the method sets, as for :meth:`Room.step`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(room.seed)
+        torch.default_generator.manual_seed(room.seed)
         ffn = _small_network(room, num_neurons)
         x_TD = torch.randn(_TOKENS, room.network.width, dtype=torch.float64)
         x_TD = torch.cat([x_TD, x_TD[:1].expand(_TOKENS, -1)])

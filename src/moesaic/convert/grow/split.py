@@ -131,15 +131,18 @@ def splitting(
     how: Splitting,
     reading: Reading,
     *,
-    num_experts: int | None = None,
-    top_k: int | None = None,
-    layers: str | list[int] = "all",
-    seed: int = 0,
     tolerance: float = 1e-5,
-    **options: Any,
+    **numbers: Any,
 ) -> Change:
     """The change that :func:`split` makes. Each network is read once to be cut, one after the other.
 
+    Args:
+        source: dense.
+        recipe: of the layers.
+        how: they are cut.
+        reading: what they are fitted to.
+        tolerance: see :func:`split`.
+        **numbers: of :func:`~moesaic.convert.grow.target.target`.
     Raises:
         ConfigError: see :func:`split`.
     """
@@ -148,10 +151,9 @@ def splitting(
             f"{how.text_wanted_by} needs text to see which neurons are active when, got none. Pass text=[...], some "
             "thousand words of the model's use."
         )
-    options |= {"num_experts": num_experts, "top_k": top_k, "layers": layers, "seed": seed}
-    first = target(source, recipe, hidden=lambda _: 1, **options)
+    first = target(source, recipe, hidden=lambda _: 1, **numbers)
     widths = {room.network.path: expert_width(room, how) for room in first.rooms}
-    made = target(source, recipe, hidden=lambda network: widths[network.path], **options)
+    made = target(source, recipe, hidden=lambda network: widths[network.path], **numbers)
     read: dict[str, Tensor] = {}
     if reading.text is not None:
         found = [room.network for room in made.rooms]

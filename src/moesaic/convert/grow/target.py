@@ -40,11 +40,11 @@ def target(
     source: Source,
     recipe: str,
     *,
-    layers: str | list[int],
     hidden: Callable[[Network], int],
-    num_experts: int | Sequence[int] | None,
-    top_k: int | None,
-    seed: int,
+    layers: str | list[int] = "all",
+    num_experts: int | Sequence[int] | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> Target:
     """Plan the sparse model; nothing is read.
@@ -52,8 +52,8 @@ def target(
     Args:
         source: dense.
         recipe: one of :func:`moesaic.recipes.names`.
-        layers: see :func:`moesaic.sparsify`.
         hidden: F of one expert, from the dense network.
+        layers: see :func:`moesaic.sparsify`.
         num_experts: see :func:`moesaic.sparsify`.
         top_k: None for the recipe's number.
         seed: draws what is fresh; each layer has a seed of its own.

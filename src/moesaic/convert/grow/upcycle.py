@@ -99,17 +99,8 @@ def upcycle(
         scale_in=scale_in,
         router_std=router_std,
     )
-    change = upcycling(
-        opened,
-        recipe,
-        how,
-        num_experts=num_experts,
-        top_k=top_k,
-        layers=layers,
-        seed=seed,
-        tolerance=tolerance,
-        **options,
-    )
+    numbers = {"num_experts": num_experts, "top_k": top_k, "layers": layers, "seed": seed, **options}
+    change = upcycling(opened, recipe, how, tolerance=tolerance, **numbers)
     return convert(opened, change, out, probe=probe, shard_bytes=shard_bytes)
 
 
@@ -133,33 +124,19 @@ class Upcycling:
             raise ConfigError(f"router_std must be at least 0, got {self.router_std}. Leave it out if unsure.")
 
 
-def upcycling(
-    source: Source,
-    recipe: str,
-    how: Upcycling,
-    *,
-    num_experts: int | Sequence[int] | None = None,
-    top_k: int | None = None,
-    layers: str | list[int] = "all",
-    seed: int = 0,
-    tolerance: float = 1e-5,
-    **options: Any,
-) -> Change:
+def upcycling(source: Source, recipe: str, how: Upcycling, *, tolerance: float = 1e-5, **numbers: Any) -> Change:
     """The change that :func:`upcycle` makes; no weight is read.
 
+    Args:
+        source: dense.
+        recipe: of the layers.
+        how: they are filled.
+        tolerance: see :func:`upcycle`.
+        **numbers: of :func:`~moesaic.convert.grow.target.target`.
     Raises:
         ConfigError: see :func:`upcycle`.
     """
-    made = target(
-        source,
-        recipe,
-        layers=layers,
-        hidden=lambda network: _shard(network.hidden, how.granularity),
-        num_experts=num_experts,
-        top_k=top_k,
-        seed=seed,
-        **options,
-    )
+    made = target(source, recipe, hidden=lambda network: _shard(network.hidden, how.granularity), **numbers)
     layers_made = [_Layer.of(room, how) for room in tracked(made.rooms, "planning", len(made.rooms))]
     is_kept = all(layer.keeps for layer in layers_made) and how.drop_ratio == 0 and how.noise == 0
     rounding = max(rounding_of(layer.scale, source, layer.room.network) for layer in layers_made)

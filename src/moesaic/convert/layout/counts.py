@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,46 +11,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from moesaic import routers
 from moesaic.convert.checkpoint.blueprint import Blueprint
 from moesaic.convert.checkpoint.source import Source
-from moesaic.convert.layout.layouts import CHOICES, EXPERT_COUNTS, MoELayout, config_is_ours, moe_layouts
+from moesaic.convert.layout.layouts import CHOICES, EXPERT_COUNTS, MoELayout, config_is_ours, configs, moe_layouts
 from moesaic.core.errors import ConfigError, MoesaicError
 from moesaic.hf.native.rows import ROWS
 from moesaic.hf.spec import LayerSpec, SparseSpec
 from moesaic.layer import MoELayer
-from moesaic.routers import (
-    AnnealedRouter,
-    BatchwiseRouter,
-    CosineRouter,
-    DenseRouter,
-    ExpertChoiceRouter,
-    NoisyTopKRouter,
-    NormalizedRouter,
-    PolicyRouter,
-    ReLURouter,
-    SampledTopKRouter,
-    SinkhornRouter,
-    TopKRouter,
-    TopPRouter,
-)
 
 _BY_ROWS = (
-    AnnealedRouter,
-    BatchwiseRouter,
-    CosineRouter,
-    DenseRouter,
-    ExpertChoiceRouter,
-    NoisyTopKRouter,
-    NormalizedRouter,
-    PolicyRouter,
-    ReLURouter,
-    SampledTopKRouter,
-    SinkhornRouter,
-    TopKRouter,
-    TopPRouter,
+    routers.AnnealedRouter,
+    routers.BatchwiseRouter,
+    routers.CosineRouter,
+    routers.DenseRouter,
+    routers.ExpertChoiceRouter,
+    routers.NoisyTopKRouter,
+    routers.NormalizedRouter,
+    routers.PolicyRouter,
+    routers.ReLURouter,
+    routers.SampledTopKRouter,
+    routers.SinkhornRouter,
+    routers.TopKRouter,
+    routers.TopPRouter,
 )
 """Routers in which each expert has numbers of its own and no other expert's."""
-
 
 _GROUPS = {"groups": ("num_groups", "num_devices"), "kept": ("groups_kept", "devices_per_token")}
 """What recipes call their groups of experts, and how many of them a token may use."""
@@ -185,7 +170,7 @@ def _check_ours(model: nn.Module, layouts: Mapping[str, MoELayout]) -> None:
     by_block = {layout.block: layout for layout in layouts.values()}
     for block, layer in moe_layers(model).items():
         router = getattr(layer, "router", None)
-        mixes = isinstance(router, NoisyTopKRouter) and router.mix_EE is not None
+        mixes = isinstance(router, routers.NoisyTopKRouter) and router.mix_EE is not None
         if not isinstance(layer, MoELayer) or not isinstance(router, _BY_ROWS) or mixes or block not in by_block:
             raise ConfigError(
                 f"Experts can be taken out where each has a row of the router and weights of its own, not of "
@@ -260,11 +245,3 @@ def _check_shapes(before: Blueprint, after: Blueprint, layouts: Mapping[str, MoE
                 f"{name} changes with the number of experts, from {info.shape} to {there.shape if there else None}, "
                 f"and what of it belongs to which is not known: {type(before.model).__name__} cannot be made smaller."
             )
-
-
-def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those that it holds."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from configs(value)

@@ -151,7 +151,7 @@ def hidden_of(ffn: DenseFFN, x_TD: Tensor, act: Activation) -> Tensor:
 def _network(base: PreTrainedModel, found: FeedForward, inside: str) -> Network:
     module = base.get_submodule(found.path)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         twin = _twin(module, found)
         for parameter in twin.parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype) * 0.7)

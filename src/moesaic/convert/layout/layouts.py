@@ -251,7 +251,7 @@ def _double(config: PreTrainedConfig) -> None:
         }
         config.moesaic = replace(spec, layers={**spec.layers, **layers}).to_dict()
         return
-    for one in _configs(config):
+    for one in configs(config):
         for name in EXPERT_COUNTS:
             value = vars(one).get(name)
             if isinstance(value, int):
@@ -260,8 +260,9 @@ def _double(config: PreTrainedConfig) -> None:
                 setattr(one, name, [2 * each for each in value])
 
 
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those that it holds."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value)
+            yield from configs(value)

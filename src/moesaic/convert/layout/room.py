@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,7 +58,7 @@ class Room:
     seed: int
 
     def __post_init__(self) -> None:
-        experts = getattr(self.built("meta", self.hidden), "experts", None)
+        experts = getattr(self._without_memory, "experts", None)
         network, recipe = self.network, self.spec.recipe
         if not isinstance(experts, GatedExperts | MLPExperts | BiasedExperts):
             raise ConfigError(
@@ -86,7 +87,7 @@ class Room:
     @cached_property
     def shapes(self) -> Shapes:
         """Every tensor of the layer."""
-        return shapes_of(self.built("meta", self.hidden))
+        return shapes_of(self._without_memory)
 
     @property
     def num_experts(self) -> int:
@@ -100,15 +101,27 @@ class Room:
 
     def built(self, device: str, hidden: int) -> nn.Module:
         """The layer with experts of another width; for one seed always with the same router."""
-        one = {self.network.path: replace(self.spec.layers[self.network.path], hidden=hidden)}
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(self.seed)
-            return cast(nn.Module, replace(self.spec, layers=one).block(self.network.path).moe)
+        is_small = (device, hidden) == ("cpu", SMALL_HIDDEN)
+        return copy.deepcopy(self._small) if is_small else self._built(device, hidden)
 
     def fresh(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the recipe draws and no network fills: routers, gates and buffers."""
         state = self.built("cpu", SMALL_HIDDEN).to(dtype).state_dict()
         return {name: tensor for name, tensor in state.items() if not holds_network(name)}
+
+    @cached_property
+    def _small(self) -> nn.Module:
+        return self._built("cpu", SMALL_HIDDEN)
+
+    @cached_property
+    def _without_memory(self) -> nn.Module:
+        return self._built("meta", self.hidden)
+
+    def _built(self, device: str, hidden: int) -> nn.Module:
+        one = {self.network.path: replace(self.spec.layers[self.network.path], hidden=hidden)}
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.default_generator.manual_seed(self.seed)
+            return cast(nn.Module, replace(self.spec, layers=one).block(self.network.path).moe)
 
     def step(self, fill: Fill, move: Fill, router: Mapping[str, Tensor] | None = None) -> Step:
         """The step that turns the network into the layer.

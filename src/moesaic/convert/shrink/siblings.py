@@ -11,9 +11,8 @@ from transformers import PreTrainedConfig
 
 from moesaic.convert.checkpoint.blueprint import Blueprint, model_class
 from moesaic.convert.checkpoint.source import Source
-from moesaic.convert.layout.counts import configs
 from moesaic.convert.layout.dense import Network, networks
-from moesaic.convert.layout.layouts import MoELayout, config_is_ours
+from moesaic.convert.layout.layouts import MoELayout, config_is_ours, configs
 from moesaic.core.errors import ConfigError
 
 SIBLINGS: Mapping[str, str] = {

@@ -25,6 +25,7 @@ from moesaic.hf.native.rows import ROWS
 from moesaic.hf.native.spec_router import RoutedOnly, SpecRouter
 from moesaic.hf.native.surgery import SURGERY, choices
 from moesaic.hf.native.table import attribute
+from moesaic.hf.native.undo import undo_to_now
 from moesaic.hf.wrapped import is_wrapped
 from moesaic.kernels.grouped_ffn import require_known
 
@@ -91,12 +92,11 @@ def adopt(
     if kernel is not None:
         require_known(kernel)
     routers, others, interface = find(model)
-    terms = named(balance or {})
-    adoptions = {one.module: _adoption(one, terms, float32_router) for one in routers}
+    adoptions = _described(model, routers, balance, float32_router)
     for one in routers:
-        _check(one, adoptions[one.module])
-    if terms:
-        _check_balance(model, terms, adoptions)
+        router, row = row_of(one)
+        if row.parts:
+            check_router(router, one.block, row, one.path)
     forms = {one.module: form_of(one.module, kernel) for one in interface} if kernel is not None else {}
     for one in interface:
         if kernel is not None:
@@ -112,6 +112,16 @@ def adopt(
         if any(isinstance(inner, Adopted) for inner in part.modules()) and not isinstance(part, FramedModel):
             part.__class__ = adopted_model_class(type(part))
     return model
+
+
+def check_adoptable(model: nn.Module, *, balance: Mapping[str, float] | None = None) -> None:
+    """See that :func:`adopt` takes a model, as far as can be told without weights: it may be on the meta device.
+
+    Raises:
+        ConfigError: as :func:`adopt` does, but for what it compares by numbers.
+    """
+    routers, _, _ = find(model)
+    _described(model, routers, balance, float32=False)
 
 
 def release(model: Model) -> Model:
@@ -160,6 +170,19 @@ def adopted_model_class(native: type[PreTrainedModel]) -> type[Any]:
     return type(native.__name__, (AdoptedModel, native), namespace)
 
 
+def _described(
+    model: nn.Module, routers: list[Found], balance: Mapping[str, float] | None, float32: bool
+) -> dict[nn.Module, Adoption]:
+    """What is kept with each router, checked but for its numbers."""
+    terms = named(balance or {})
+    adoptions = {one.module: _adoption(one, terms, float32) for one in routers}
+    for one in routers:
+        _check_terms(one, adoptions[one.module])
+    if terms:
+        _check_balance(model, terms, adoptions)
+    return adoptions
+
+
 def _adoption(one: Found, terms: tuple[Any, ...], float32: bool) -> Adoption:
     router, row = row_of(one)
     block = one.block if router is one.module else one.module
@@ -185,10 +208,8 @@ def _adoption(one: Found, terms: tuple[Any, ...], float32: bool) -> Adoption:
     )
 
 
-def _check(one: Found, adoption: Adoption) -> None:
+def _check_terms(one: Found, adoption: Adoption) -> None:
     router, row = row_of(one)
-    if row.parts:
-        check_router(router, one.block, row, one.path)
     for rule in adoption.rules:
         if not isinstance(rule, BiasRule):
             raise ConfigError(
@@ -273,18 +294,14 @@ def _operate(
     kernel: str | None,
 ) -> None:
     """Change classes, try what no interface reaches, and take all back if one computes otherwise."""
-    before = {part: (part.__class__, part.__dict__.get("_moesaic")) for part in model.modules()}
+    undo = undo_to_now(model)
     try:
         for one in [*others, *routers]:
             _change(one, adoptions.get(one.module), kernel)
         for one in [*others, *routers]:
             _try_surgery(one, kernel)
     except BaseException:
-        for part, (kind, kept) in before.items():
-            part.__class__ = kind
-            part.__dict__.pop("_moesaic", None)
-            if kept is not None:
-                part.__dict__["_moesaic"] = kept
+        undo()
         raise
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moesaic.core.plan import Plan
 from moesaic.hf.native.experts import Form, run
 from moesaic.hf.native.router import Adopted, Decision, Reporter
+from moesaic.hf.native.work import alone, is_looked_at, show
 from moesaic.hf.scope import current_frame, resumed
 from moesaic.hf.wrapped import is_wrapped
 
@@ -80,7 +81,7 @@ class SwitchBlock(Reporter):
         decision = Decision(logits_TE=logits_TE, weight_TK=weight_BP1.reshape(-1, 1), expert_TK=expert_TK)
         self.tell(hidden_states, decision, kept_TK)
         experts = [me.experts[f"expert_{index}"] for index in range(num_experts)]
-        return _run_modules(experts, hidden_states, decision.expert_TK, decision.weight_TK, kept_TK)
+        return _run_modules(me.experts, experts, hidden_states, decision.expert_TK, decision.weight_TK, kept_TK)
 
 
 class NllbBlock(Reporter):
@@ -104,9 +105,9 @@ class NllbBlock(Reporter):
         kept_TK = torch.stack([(one != 0).any(dim=-1) for one in weights], dim=-1)
         decision = Decision(logits_TE=logits_TE, weight_TK=weight_TK, expert_TK=expert_TK)
         self.tell(hidden_states, decision, kept_TK)
-        experts = [me.experts["expert_0"], me.experts["expert_1"]]
+        experts = [me.experts[f"expert_{index}"] for index in range(first_TE.shape[1])]
         after = _token_dropout(me.experts)
-        return _run_modules(experts, hidden_states, expert_TK, weight_TK, kept_TK, after)
+        return _run_modules(me.experts, experts, hidden_states, expert_TK, weight_TK, kept_TK, after)
 
 
 class JetMoeGate(Reporter):
@@ -182,11 +183,25 @@ class DogeBlock(Reporter):
 
         decision = self.decide(self, sum_TE, None, native)
         self.tell(hidden_states, decision)
-        inner_TK = torch.einsum("td,tkd->tk", x_TD, me.down_embed(decision.expert_TK))
-        inner_TK = me.act_fn(inner_TK) * decision.weight_TK.to(x_TD.dtype)
-        routed_TD = torch.einsum("tk,tkd->td", inner_TK, me.up_embed(decision.expert_TK))
+        if is_looked_at():
+            self._show(x_TD, decision)
+        routed_TD = self._looked_up(x_TD, decision.expert_TK, decision.weight_TK)
         dense = me.down_proj(me.act_fn(me.gate_proj(hidden_states)) * me.up_proj(hidden_states))
         return dense + routed_TD.view(hidden_states.shape), half_GTE
+
+    def _show(self, x_TD: Tensor, decision: Decision) -> None:
+        def each(rows_ND: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
+            return self._looked_up(rows_ND, expert_N[:, None], weight_N[:, None])
+
+        kept_TK = torch.ones_like(decision.expert_TK, dtype=torch.bool)
+        plan = _plan(decision.expert_TK, decision.weight_TK, kept_TK, decision.logits_TE.shape[1])
+        show(self, x_TD, plan, each)
+
+    def _looked_up(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        me: Any = self
+        inner_TK = torch.einsum("td,tkd->tk", x_TD, me.down_embed(expert_TK))
+        inner_TK = me.act_fn(inner_TK) * weight_TK.to(x_TD.dtype)
+        return torch.einsum("tk,tkd->td", inner_TK, me.up_embed(expert_TK))
 
 
 class VitPoseBlock(Reporter):
@@ -204,7 +219,7 @@ class VitPoseBlock(Reporter):
         self.tell(hidden_state, decision)
         inner_BPF = me.act(me.fc1(hidden_state))
         kept_TK = torch.ones_like(expert_TK, dtype=torch.bool)
-        part = _run_modules(list(me.experts), inner_BPF, expert_TK, weight_TK, kept_TK)
+        part = _run_modules(me.experts, list(me.experts), inner_BPF, expert_TK, weight_TK, kept_TK)
         return torch.cat([me.fc2(inner_BPF), part], dim=-1)
 
 
@@ -227,7 +242,13 @@ def _unsorted(sorted_N: Tensor, order_N: Tensor) -> Tensor:
     return torch.zeros_like(sorted_N).index_copy(0, order_N, sorted_N)
 
 
+def _plan(expert_TK: Tensor, weight_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Plan:
+    token_N = torch.arange(expert_TK.shape[0], device=expert_TK.device).repeat_interleave(expert_TK.shape[1])
+    return Plan.from_rows(expert_TK.reshape(-1), token_N, weight_TK.reshape(-1), num_experts, kept_TK.reshape(-1))
+
+
 def _run_modules(
+    home: nn.Module,
     experts: list[nn.Module],
     hidden_states: Tensor,
     expert_TK: Tensor,
@@ -235,20 +256,28 @@ def _run_modules(
     kept_TK: Tensor,
     after: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Experts that are modules of their own, each once over all its rows."""
+    """Experts that are modules of their own, each once over all its rows; ``home`` holds them."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    token_N = torch.arange(x_TD.shape[0], device=x_TD.device).repeat_interleave(expert_TK.shape[1])
-    plan = Plan.from_rows(expert_TK.reshape(-1), token_N, weight_TK.reshape(-1), len(experts), kept_TK.reshape(-1))
+    plan = _plan(expert_TK, weight_TK, kept_TK, len(experts))
+
+    def each(rows_ND: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
+        return _summed(experts, rows_ND, alone(expert_N, weight_N, len(experts)), after)
+
+    show(home, x_TD, plan, each)
+    return _summed(experts, x_TD, plan, after).view(*hidden_states.shape[:-1], -1)
+
+
+def _summed(
+    experts: list[nn.Module], x_TD: Tensor, plan: Plan, after: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     y_TD: Tensor | None = None
     for rows, expert in _called(plan, experts):
         y_MD = expert(x_TD[plan.token_N[rows]]) * plan.weight_N[rows, None]
-        y_MD = (y_MD if after is None else after(y_MD)).to(hidden_states.dtype)
+        y_MD = (y_MD if after is None else after(y_MD)).to(x_TD.dtype)
         if y_TD is None:
             y_TD = x_TD.new_zeros(x_TD.shape[0], y_MD.shape[1])
         y_TD = y_TD.index_add(0, plan.token_N[rows], y_MD)
-    if y_TD is None:
-        y_TD = torch.zeros_like(x_TD)
-    return y_TD.view(*hidden_states.shape[:-1], -1)
+    return torch.zeros_like(x_TD) if y_TD is None else y_TD
 
 
 def _called(plan: Plan, experts: list[nn.Module]) -> Iterable[tuple[slice, nn.Module]]:

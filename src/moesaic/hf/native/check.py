@@ -42,7 +42,7 @@ def check_router(router: nn.Module, block: nn.Module, row: Row, path: str) -> No
         )
     bias_E = row.bias_of(router, block)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         trial = copy.deepcopy(router).float().cpu().eval()
         bias_E = None if bias_E is None else bias_E.detach().float().cpu().clone()
         _compare(trial, block, bias_E, row, path)
@@ -96,10 +96,9 @@ def first_difference(theirs: Decision, ours: Decision, clear_T: Tensor) -> str |
     found = _first(theirs.logits_TE, ours.logits_TE)
     if found is not None:
         return f"the logit of token {found[0]} and expert {found[1]} is {found[2]}, the spec's {found[3]}"
-    for t in clear_T.nonzero()[:, 0].tolist():
-        own, other = sorted(theirs.expert_TK[t].tolist()), sorted(ours.expert_TK[t].tolist())
-        if own != other:
-            return f"it sends token {t} to experts {own}, the spec to {other}"
+    own_TK, other_TK = (one.expert_TK.sort(dim=-1).values for one in (theirs, ours))
+    for t in ((own_TK != other_TK).any(dim=-1) & clear_T).nonzero()[:1, 0].tolist():
+        return f"it sends token {t} to experts {own_TK[t].tolist()}, the spec to {other_TK[t].tolist()}"
     dense = [
         torch.zeros_like(one.logits_TE).scatter(1, one.expert_TK, one.weight_TK.float())[clear_T]
         for one in (theirs, ours)

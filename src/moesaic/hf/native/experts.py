@@ -14,8 +14,10 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.experts.grouped import pick, run_grouped
 from moesaic.hf.native.router import Adopted
+from moesaic.hf.native.work import alone, show
 from moesaic.hf.uncompiled import uncompiled
 from moesaic.kernels.activations import Activation, gelu, gelu_tanh, relu, relu_squared, silu
+from moesaic.kernels.grouped_ffn.layout import halves
 
 IMPLEMENTATION = "moesaic"
 """What transformers' experts interface calls us."""
@@ -47,7 +49,8 @@ class Form:
                 "grouped, by autograd: PyTorch, rows sorted by expert; the gate, biases or norm of "
                 f"{type(experts).__name__} are the family's own, which no fused kernel has"
             )
-        choice = pick(self.kernel, self.views(experts)[1])
+        stacks = self.views(experts)
+        choice = pick(self.kernel, stacks[1], stacks)
         return f"{choice.kernel.name}: {choice.kernel.what}; {choice.reason}"
 
 
@@ -68,7 +71,7 @@ def interface_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
         up_EDF = experts.up_proj if experts.is_transposed else experts.up_proj.transpose(1, 2)
         return None, up_EDF, down_EFD
     gate_up_EDF = experts.gate_up_proj if experts.is_transposed else experts.gate_up_proj.transpose(1, 2)
-    gate_EDF, up_EDF = gate_up_EDF.chunk(2, dim=-1)
+    gate_EDF, up_EDF = halves(gate_up_EDF)
     return gate_EDF, up_EDF, down_EFD
 
 
@@ -107,15 +110,25 @@ def run(
     is_real_N = expert_N < num_experts
     wide_N = weight_TK.reshape(-1).to(torch.promote_types(weight_TK.dtype, torch.float32))
     plan = Plan.from_rows(expert_N, token_N, wide_N, num_experts, is_real_N)
-    if form.activation is None:
-        y_TD = run_general(experts, x_TD, plan, top_k)
-    else:
-        gate_EDF, up_EDF, down_EFD = form.views(experts)
-        y_TD = run_grouped(x_TD, plan, gate_EDF, up_EDF, down_EFD, form.activation, form.kernel, weigh)
+
+    def each(rows_ND: Tensor, one_N: Tensor, weight_N: Tensor) -> Tensor:
+        return _through(form, experts, rows_ND, alone(one_N, weight_N, num_experts), 1, weigh)
+
+    show(experts, x_TD, plan, each, weighs_input=weigh == "input")
+    y_TD = _through(form, experts, x_TD, plan, top_k, weigh)
     if form.null_experts:
         back_T1 = weight_TK.masked_fill(is_real_N.view(num_tokens, top_k), 0).sum(dim=-1, keepdim=True)
         y_TD = y_TD + (back_T1 * x_TD).to(y_TD.dtype)
     return y_TD.to(x_TD.dtype)
+
+
+def _through(
+    form: Form, experts: Any, x_TD: Tensor, plan: Plan, top_k: int, weigh: Literal["output", "input"]
+) -> Tensor:
+    if form.activation is None:
+        return run_general(experts, x_TD, plan, top_k)
+    gate_EDF, up_EDF, down_EFD = form.views(experts)
+    return run_grouped(x_TD, plan, gate_EDF, up_EDF, down_EFD, form.activation, form.kernel, weigh)
 
 
 def run_general(experts: Any, x_TD: Tensor, plan: Plan, top_k: int) -> Tensor:
@@ -194,7 +207,7 @@ def longcat_form(experts: Any, kernel: str) -> Form:
 def _longcat_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
     # The first weight has room for experts that compute nothing.
     gate_up_EDF = experts.gate_up_proj[: experts.num_routed_experts].transpose(1, 2)
-    gate_EDF, up_EDF = gate_up_EDF.chunk(2, dim=-1)
+    gate_EDF, up_EDF = halves(gate_up_EDF)
     return gate_EDF, up_EDF, experts.down_proj.transpose(1, 2)
 
 
@@ -215,7 +228,7 @@ def llama4_form(experts: Any, kernel: str) -> Form:
 
 
 def _llama4_views(experts: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-    gate_EDF, up_EDF = experts.gate_up_proj.chunk(2, dim=-1)
+    gate_EDF, up_EDF = halves(experts.gate_up_proj)
     return gate_EDF, up_EDF, experts.down_proj
 
 
@@ -225,7 +238,7 @@ def jetmoe_form(block: Any, kernel: str) -> Form:
 
 
 def _jetmoe_views(block: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-    gate_EDF, up_EDF = block.input_linear.weight.transpose(1, 2).chunk(2, dim=-1)
+    gate_EDF, up_EDF = halves(block.input_linear.weight.transpose(1, 2))
     return gate_EDF, up_EDF, block.output_linear.weight.transpose(1, 2)
 
 

@@ -4,8 +4,21 @@
 and ``act(x up_e) down_e`` if not. Gather, products, weighting and sum are one operation, so a kernel may fuse them.
 """
 
-from moesaic.kernels.grouped_ffn.choose import KERNELS, Choice, Kernel, choose, require_known
+from moesaic.kernels.grouped_ffn.choose import KERNELS, Choice, Kernel, Stacks, choose, require_known
+from moesaic.kernels.grouped_ffn.grouped import grouped_ffn_grouped_mm
 from moesaic.kernels.grouped_ffn.reference import grouped_ffn_reference
 from moesaic.kernels.grouped_ffn.torch import grouped_ffn_torch
+from moesaic.kernels.grouped_ffn.triton import grouped_ffn_triton
 
-__all__ = ["KERNELS", "Choice", "Kernel", "choose", "grouped_ffn_reference", "grouped_ffn_torch", "require_known"]
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "Kernel",
+    "Stacks",
+    "choose",
+    "grouped_ffn_grouped_mm",
+    "grouped_ffn_reference",
+    "grouped_ffn_torch",
+    "grouped_ffn_triton",
+    "require_known",
+]
