@@ -61,7 +61,8 @@ def test_evaluation_drops_nothing():
 def test_rounding_asks_the_device_for_nothing():
     with FakeTensorMode():
         scores_TE, expert_TK = torch.rand(9, 3), torch.zeros(9, 2, dtype=torch.int64)
-        TileRounding(4)(Routing.from_choices(expert_TK, torch.rand(9, 2), scores_TE, scores_TE))
+        plan = TileRounding(4)(Routing.from_choices(expert_TK, torch.rand(9, 2), scores_TE, scores_TE))
+    assert plan.kept_N.shape == (18,)
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -78,6 +78,15 @@ def test_a_gradient_in_such_memory_is_kept_as_it_is_and_can_be_saved(tmp_path):
 
 
 @needs_large_pages
+def test_a_system_that_refuses_large_pages_gives_small_ones(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9_999)  # no kernel knows it
+    monkeypatch.setattr(mmap, "MADV_FREE", 9_999)
+    tensor = _large(5 * ROWS).fill_(3)
+    assert tensor.sum(dtype=torch.float64) == 3 * tensor.numel()
+    del tensor
+
+
+@needs_large_pages
 def test_a_forked_process_shares_nothing_that_is_written():
     tensor = _large().fill_(1)
     child = os.fork()

@@ -47,12 +47,11 @@ def test_gathering_then_adding_up_is_each_tokens_own_sum(dtype):
 
 
 def test_weights_are_not_rounded_to_the_rows_dtype():
-    # 1/3 in bfloat16 is off by 0.1 %: four thirds of a row would be seen in the third digit.
-    plan = _plan([0, 1, 2, 3], [0, 0, 0, 0], [1 / 3] * 4, 4)
-    rows = Rows.of(plan, 1, torch.bfloat16)
-    y_ND = torch.tensor([[192.0], [192.0], [192.0], [-573.0]], dtype=torch.bfloat16)
-    exact = (192.0 * 3 + float(y_ND[3, 0])) / 3
-    assert float(rows.sum(y_ND, rows.weight_N)) == pytest.approx(exact, rel=2**-8)
+    # Rounded to bfloat16 the two weights would be equal, and their rows would cancel.
+    rows = Rows.of(_plan([0, 1], [0, 0], [1 + 2.0**-10, 1.0], 2), 1, torch.bfloat16)
+    y_ND = torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16)
+    assert float(rows.sum(y_ND, rows.weight_N)) == 2.0**-10
+    assert float(rows.sum(y_ND, rows.weight_N.bfloat16())) == 0
 
 
 def test_rows_that_no_expert_takes_are_nowhere():

@@ -47,6 +47,17 @@ def test_experts_side_by_side_give_the_same_bits_every_time(dtype):
         assert all(torch.equal(one, again) for one, again in zip(first, bits(), strict=True))
 
 
+@pytest.mark.usefixtures("shared_out")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_experts_side_by_side_run_without_a_graph_as_with_one(mode):
+    case = Case.of(choices_of_loads(*LOADS[3]), torch.float32)
+    leaves = leaves_of(case.inputs)
+    with_graph_TD = case.run(KERNEL.run, leaves).detach()
+    with mode():
+        made_in_mode = {name: value.clone() for name, value in leaves.items()}
+        assert torch.equal(case.run(KERNEL.run, made_in_mode), with_graph_TD)
+
+
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import threading
 import weakref
+from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -34,31 +35,35 @@ class _KeptPages:
     """Pages that tensors have let go of: the next of that size take them; the system may, as soon as it needs them."""
 
     def __init__(self) -> None:
-        self._idle: dict[int, list[mmap.mmap]] = {}
-        self._lock = threading.Lock()
+        # No lock: a tensor may be let go of at any moment, also while this thread is in here. Lists need none.
+        self._idle: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
 
     def take(self, size_bytes: int) -> memoryview:
         """Memory of at least so many bytes, which comes back when nobody holds what is returned."""
         # Loads differ from step to step, and sizes with them: an eighth of an octave apart they are the same.
         step = 1 << (size_bytes.bit_length() - 4)
         size_bytes = -(-size_bytes // step) * step
-        with self._lock:
-            idle = self._idle.get(size_bytes)
-            pages = idle.pop() if idle else None
-        if pages is None:
+        try:
+            pages = self._idle[size_bytes].pop()
+        except IndexError:
             pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
+            _advise(pages, mmap.MADV_HUGEPAGE)
         view = memoryview(pages)
         weakref.finalize(view, self._give_back, pages).atexit = False
         return view
 
     def _give_back(self, pages: mmap.mmap) -> None:
-        pages.madvise(mmap.MADV_FREE)
-        with self._lock:
-            self._idle.setdefault(len(pages), []).append(pages)
+        _advise(pages, mmap.MADV_FREE)
+        self._idle[len(pages)].append(pages)
+
+
+def _advise(pages: mmap.mmap, wish: int) -> None:
+    """Tell the system what would help; kernels built without it refuse, and the memory is as good as any."""
+    with suppress(OSError):
+        pages.madvise(wish)
 
 
 @cache
 def _kept(_process: int) -> _KeptPages:
-    """Those of this process: a forked one must not wait for a lock that a thread of its parent held."""
+    """Those of this process; a forked one begins with none."""
     return _KeptPages()

@@ -52,9 +52,11 @@ def side_by_side(start: Callable[[], Callable[[int], None]], items: Iterable[int
         Exception: what the work raised.
     """
     waiting = iter(items)
+    # Threads do not take the caller's mode over, and tensors made in inference mode may be written to in no other.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
     def share() -> None:
-        with torch.no_grad():
+        with mode():
             work = start()
             for item in waiting:
                 work(item)

@@ -37,7 +37,7 @@ def grouped_ffn_few_rows(
     with a matrix is a weighted sum of the matrix's rows. PyTorch has that for tables of embeddings, and reads ahead
     there: 23 GB/s on two cores where products of a row with one expert after the other come to 8.
     """
-    expert_N = torch.arange(plan.num_experts).repeat_interleave(plan.load_E)
+    expert_N = torch.arange(plan.num_experts, device=x_TD.device).repeat_interleave(plan.load_E)
     token_N = plan.token_N[: expert_N.shape[0]]
     x_ND = x_TD[token_N]
     up_NF = _times(x_ND, up_EDF, expert_N)
@@ -55,7 +55,7 @@ def _times(x_ND: Tensor, weight_EDF: Tensor, expert_N: Tensor) -> Tensor:
     """Each row times the matrix of its expert."""
     (num_rows, width), hidden = x_ND.shape, weight_EDF.shape[2]
     table = weight_EDF.view(-1, hidden)
-    row_ND = torch.arange(width) + width * expert_N[:, None]
-    start_N = torch.arange(0, num_rows * width, width)
+    row_ND = torch.arange(width, device=x_ND.device) + width * expert_N[:, None]
+    start_N = torch.arange(0, num_rows * width, width, device=x_ND.device)
     y_NF: Tensor = F.embedding_bag(row_ND.view(-1), table, start_N, mode="sum", per_sample_weights=x_ND.reshape(-1))
     return y_NF
