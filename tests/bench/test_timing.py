@@ -15,7 +15,7 @@ def test_everybody_runs_once_a_round_in_an_order_that_turns_and_warm_up_does_not
         name: Work(run=lambda name=name: calls.append(name), before=lambda name=name: calls.append(name.upper()))
         for name in "abc"
     }
-    ticks = iter(range(100))
+    ticks = iter(range(10, 100))
 
     def clock(run):
         run()
@@ -25,14 +25,30 @@ def test_everybody_runs_once_a_round_in_an_order_that_turns_and_warm_up_does_not
     order = "".join(call for call in calls if call.islower())
     assert order == "cab" + "abc" + "bca" + "cab" + "abc" + "bca"
     assert "".join(calls[:6]) == "CcAaBb"
-    assert times["a"] == (3.0, 8.0, 10.0, 12.0, 17.0)
+    assert times["a"] == (13.0, 18.0, 20.0, 22.0, 27.0)
     assert all(len(values) == 5 for values in times.values())
+
+
+def test_what_is_short_runs_once_unseen_before_each_turn_but_its_first():
+    calls = []
+    works = {name: Work(run=lambda name=name: calls.append(name)) for name in ("short", "long")}
+    lasts = {"short": 0.1, "long": 30.0}
+
+    def clock(run):
+        run()
+        calls[-1] = calls[-1].upper()
+        return lasts[calls[-1].lower()]
+
+    interleaved(works, rounds=5, clock=clock, warm_up=0)
+    assert calls.count("SHORT") == calls.count("LONG") == 5
+    assert (calls.count("short"), calls.count("long")) == (4, 0)
+    assert all(calls[at - 1] == "short" for at, call in enumerate(calls) if call == "SHORT" and at > 0)
 
 
 def test_no_garbage_is_collected_while_the_clock_runs():
     seen = []
     interleaved({"a": Work(run=lambda: seen.append(gc.isenabled()))}, rounds=5, clock=clock_of(torch.device("cpu")))
-    assert seen == [False] * 6
+    assert seen == [False] * 11
     assert gc.isenabled()
 
 

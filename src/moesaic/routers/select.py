@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW_SCORES = 1024
+"""Up to so many, sorting them all is faster than packing them."""
+
 
 def select_top_k(score_TE: Tensor, top_k: int) -> Tensor:
     """Return the indices of the K largest scores of each row, best first; among equals the lowest index comes first.
@@ -15,11 +18,12 @@ def select_top_k(score_TE: Tensor, top_k: int) -> Tensor:
     Shape:
         ``(T, E)`` -> ``(T, K)``, int64.
     """
-    if score_TE.dtype == torch.float64:  # no integer is wide enough for 64 bits of score and an index
+    # No integer is wide enough for 64 bits of score and an index; and few rows are sorted in 5 us, packed in 20.
+    if score_TE.dtype == torch.float64 or score_TE.numel() <= FEW_SCORES:
         return torch.sort(score_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
     # Adding 0 makes -0.0 equal to 0.0. Negative floats order backwards as integers: flip all bits but the sign.
     bits_TE = (score_TE.detach().float() + 0.0).contiguous().view(torch.int32)
-    order_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE).to(torch.int64)
+    order_TE = (((bits_TE >> 31) & 0x7FFFFFFF) ^ bits_TE).to(torch.int64)
     num_experts = score_TE.shape[-1]
     last_first_E = torch.arange(num_experts - 1, -1, -1, device=score_TE.device)
     return torch.topk(order_TE * num_experts + last_first_E, top_k, dim=-1).indices

@@ -112,7 +112,8 @@ class TopKRouter(TokenChoiceRouter):
     def _weigh(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
         if self.normalize == "scores":
             weight_TK = scores_TE.gather(1, expert_TK)
-        elif self.normalize == "logits":
+        elif self.normalize == "logits" or self.score == softmax:
+            # For softmax both say the same: what all scores are divided by cancels.
             weight_TK = self.score.of(logits_TE.gather(1, expert_TK))
         else:
             # softmax(log s) is s / sum(s), and stays right where every chosen s has underflowed.
