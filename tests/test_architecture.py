@@ -28,8 +28,8 @@ FLOORS = {
     **dict.fromkeys(("layer", "soft", "merge", "lora", "telemetry"), 3),
     "recipes": 4,
     "hf": 5,
-    **dict.fromkeys(("convert", "train", "parallel", "lens"), 6),
-    **dict.fromkeys(("lab", "bench", "serve"), 7),
+    **dict.fromkeys(("convert", "train", "parallel", "lens", "probe", "plan"), 6),
+    **dict.fromkeys(("lab", "bench", "doctor", "serve"), 7),
     "cli": 8,
     # The package's own __init__ and __main__ stand above everything.
     **dict.fromkeys(("", "__main__"), 9),

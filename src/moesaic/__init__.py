@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Any
 from moesaic.hf.register import register as _register
 
 if TYPE_CHECKING:
-    from moesaic import balance, classic, convert, data, dispatch, experts, hf, recipes, routers, telemetry
+    from moesaic import (
+        balance,
+        classic,
+        convert,
+        data,
+        dispatch,
+        doctor,
+        experts,
+        hf,
+        probe,
+        recipes,
+        routers,
+        telemetry,
+        zoo,
+    )
     from moesaic.convert.grow.split import split
     from moesaic.convert.grow.upcycle import upcycle
     from moesaic.convert.shrink.merge import merge_experts
@@ -68,8 +82,10 @@ _LATE = {
     "classic": "moesaic",
     "convert": "moesaic",
     "data": "moesaic",
+    "doctor": "moesaic",
     "hf": "moesaic",
     "merge_experts": "moesaic.convert.shrink.merge",
+    "probe": "moesaic",
     "prune_experts": "moesaic.convert.shrink.prune",
     "record": "moesaic.hf",
     "report": "moesaic.lens",
@@ -78,6 +94,7 @@ _LATE = {
     "telemetry": "moesaic",
     "to_dense": "moesaic.convert.shrink.to_dense",
     "upcycle": "moesaic.convert.grow.upcycle",
+    "zoo": "moesaic",
 }
 _HOME = _EARLY | _LATE
 
@@ -103,9 +120,11 @@ __all__ = [
     "convert",
     "data",
     "dispatch",
+    "doctor",
     "experts",
     "hf",
     "merge_experts",
+    "probe",
     "prune_experts",
     "recipes",
     "record",
@@ -116,6 +135,7 @@ __all__ = [
     "telemetry",
     "to_dense",
     "upcycle",
+    "zoo",
 ]
 
 

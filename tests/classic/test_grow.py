@@ -72,3 +72,27 @@ def test_too_few_rows_to_hold_any_out():
         "A tree of its own size needs rows to fit and rows to hold out; validation_fraction=0.2 of 2 rows leaves none "
         "of one kind. Give more rows."
     )
+
+
+def tariffs() -> tuple[np.ndarray, np.ndarray]:
+    """A price by night and two by day, for short and for long ways."""
+    random = np.random.RandomState(0)
+    hour, way = random.uniform(0, 24, size=600), random.uniform(1, 20, size=600)
+    price = np.where(hour < 6, 8 + 3 * way, np.where(way < 8, 4 + 2 * way, 10 + 1.2 * way))
+    return np.column_stack([hour, way]), price + 0.5 * random.normal(size=600)
+
+
+def test_little_luck_with_held_out_rows_is_no_reason_for_one_more_expert():
+    model = HierarchicalMixtureRegressor((2,), max_experts=8, n_init=3, random_state=0).fit(*tariffs())
+    assert model.num_experts_ == 3
+    np.testing.assert_allclose(np.sort(model.coef_[:, 0, 1]), [1.2, 2, 3], atol=0.05)
+
+
+def test_of_several_beginnings_that_grow_held_out_rows_choose_one():
+    X, y = tariffs()
+    ends = []
+    for count in (1, 3):
+        model = HierarchicalMixtureRegressor((), max_experts=4, n_init=count, random_state=5).fit(X, y)
+        assert model.held_out_curve_[-1, 0] == model.num_experts_
+        ends.append(model.held_out_curve_[-1, 1])
+    assert ends == sorted(ends)

@@ -33,7 +33,6 @@ def test_weighted_grams_are_sums_of_outer_products(num_rows):
     x_TD, weight_TE = random.normal(size=(num_rows, 5)), random.uniform(size=(num_rows, 3))
     expected = np.einsum("te,ta,tb->eab", weight_TE, x_TD, x_TD)
     np.testing.assert_allclose(weighted_grams(x_TD, weight_TE), expected, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(weighted_grams(x_TD, lambda some: weight_TE[some]), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_direction_that_no_row_speaks_for_is_left_alone():

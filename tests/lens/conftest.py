@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moesaic.lens import drawing
 from moesaic.telemetry.trace import RoutingTrace, TraceMetadata
 
 DOMAINS = ("code", "literature", "mathematics")
@@ -78,6 +79,12 @@ def write_run(folder, trace, *, dense=False, steps=40, offset=0.0, domains=DOMAI
     summary |= {"load_max_over_mean": None if dense else 1.2, "drop_rate": None if dense else 0.01}
     (folder / "summary.json").write_text(json.dumps({"dense" if dense else "moe": summary}))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_png(monkeypatch):
+    """Half of a page's time is its PNG files; those that look at them have pages made once for the module."""
+    monkeypatch.setattr(drawing, "_png", lambda *_: b"no picture")
 
 
 @pytest.fixture(name="make_trace")

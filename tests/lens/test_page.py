@@ -1,18 +1,24 @@
+import base64
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from moesaic.core.errors import BackendError, CheckpointError, DataError
 from moesaic.lens import drawing, page, palette, report
+from moesaic.lens.figures.domains import domain_heat_map, domain_table
+from moesaic.lens.figures.drawn import Figures
+from moesaic.lens.figures.training import drops_and_entropy
 from moesaic.lens.passages import passages
-from moesaic.lens.routing_figures import domain_heat_map
 from moesaic.lens.runs import read_run
-from moesaic.lens.training_figures import drops_and_entropy
+from moesaic.lens.study import study
 from tests.lens.conftest import random_trace, write_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -59,7 +65,7 @@ class Outline(HTMLParser):
         self.comments.append(data)
 
     def text(self):
-        return "".join(data for tag, data in self.texts if tag not in ("script", "style"))
+        return "".join(data for tag, data in self.texts if tag not in ("script", "style")).replace("\xa0", " ")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,14 @@ def test_the_page_tells_everything_of_a_moe_and_its_twin(twin_page):
         "1 k of 3 k",
         "Which expert takes which domain",
         "How the work is spread over the experts",
-        "What decides the expert: the domain, or just the token?",
+        "Where in the model each domain has experts of its own",
+        "Do experts follow words or subjects?",
+        "What expert, word and subject tell about each other",
+        "How often a token keeps the expert of the token before it",
+        "Which experts work together",
+        "How well a layer's expert gives away the next layer's",
+        "What each domain leans to",
+        "Which expert takes a token first",
         "How well the models learn to predict the text",
         "Held-out bits per byte, by domain",
         "How uneven the load is while the model learns",
@@ -93,12 +106,58 @@ def test_the_page_tells_everything_of_a_moe_and_its_twin(twin_page):
         "How these figures were made",
     ):
         assert words in seen.text()
-    names = ["by_domain", "domains", "drops_entropy", "film", "imbalance", "information", "load", "loss", "repetition"]
-    assert sorted(file.stem for file in (twin_page.parent / f"{twin_page.stem}-figures").iterdir()) == names
-    assert seen.elements.count("svg") == len(names)
-    assert all(
-        file.read_bytes().startswith(b"\x89PNG") for file in (twin_page.parent / f"{twin_page.stem}-figures").iterdir()
-    )
+
+
+def test_every_figure_lies_beside_the_page_as_png_and_svg_and_every_table_as_csv(twin_page):
+    folder = twin_page.parent / "page-figures"
+    figures = {
+        "by_domain", "domains", "drops_entropy", "film", "imbalance", "information", "layers_by_domain", "load", "loss",
+        "next_layer", "repetition", "together", "words_or_subjects",
+    }  # fmt: skip
+    assert {file.stem for file in folder.glob("*.png")} == figures
+    assert {file.stem for file in folder.glob("*.svg")} == figures
+    assert {"domains", "load", "tokens", "domain_leans", "together"} <= {file.stem for file in folder.glob("*.csv")}
+    assert {file.suffix for file in folder.iterdir()} == {".png", ".svg", ".csv"}
+    for file in folder.glob("*.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    for file in folder.glob("*.svg"):
+        drawing = ElementTree.parse(file).getroot()
+        assert [child.tag.rpartition("}")[2] for child in drawing[:2]] == ["title", "desc"]
+        assert "n = " in drawing[1].text or "n (" in drawing[1].text
+        assert "var(--" not in file.read_text("utf-8")
+    assert Outline(twin_page.read_text(encoding="utf-8")).elements.count("svg") == len(figures)
+
+
+def test_the_links_of_the_page_save_the_files_that_lie_beside_it(twin_page):
+    seen = Outline(twin_page.read_text(encoding="utf-8"))
+    names = [value for tag, name, value in seen.attributes if (tag, name) == ("a", "download")]
+    inside = [value for tag, name, value in seen.attributes if (tag, name) == ("a", "href") and value[:5] == "data:"]
+    folder = twin_page.parent / "page-figures"
+    assert sorted(names) == sorted(file.name for file in folder.iterdir())
+    for name, address in zip(names, inside, strict=True):
+        assert base64.b64decode(address.partition("base64,")[2]) == (folder / name).read_bytes()
+
+
+def test_headings_go_down_one_step_at_a_time_and_everything_drawn_has_words(twin_page):
+    seen = Outline(twin_page.read_text(encoding="utf-8"))
+    levels = [int(tag[1]) for tag in seen.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    for tag, wanted in (("svg", "aria-label"), ("section", "aria-labelledby"), ("nav", "aria-label")):
+        assert seen.elements.count(tag) == sum((one, name) == (tag, wanted) for one, name, _ in seen.attributes)
+    scopes = [value for tag, name, value in seen.attributes if (tag, name) == ("th", "scope")]
+    assert len(scopes) == seen.elements.count("th")
+    assert seen.elements.count("caption") == seen.elements.count("table")
+
+
+def test_every_figure_says_n_and_what_chance_would_give(twin_page):
+    text = twin_page.read_text(encoding="utf-8")
+    notes = re.findall(r"<figure.*?<p class=\"note\">(.*?)</p>", text, re.DOTALL)
+    assert len(notes) == 13
+    for note in notes:
+        assert re.search(r"\bn (=|\()", note), note
+        assert re.search("chance|uniform|perfect balance|random|cannot decide", note), note
 
 
 def test_the_page_needs_no_network_and_no_other_file(twin_page):
@@ -160,7 +219,7 @@ def test_nothing_hostile_in_names_tokens_or_titles_arrives_unescaped(tmp_path, r
     assert "\u202e" not in text
     (data,) = [data for tag, data in seen.texts if tag == "script" and data.startswith("{")]
     assert "<" not in data
-    assert json.loads(data)["layers"] == [page.one_line(name) for name in names]
+    assert json.loads(data)["reading"]["layers"] == [page.one_line(name) for name in names]
 
 
 def test_the_same_trace_gives_the_same_page(tmp_path, random_trace):
@@ -169,7 +228,8 @@ def test_the_same_trace_gives_the_same_page(tmp_path, random_trace):
 
 
 def test_a_folder_gets_report_html(tmp_path, random_trace, monkeypatch):
-    monkeypatch.setattr(page, "figures", lambda *_: [])
+    none = Figures(compared=[], learning=[], domains=[], load=[], relations=[], settling=[])
+    monkeypatch.setattr(page, "figures", lambda *_: none)
     (tmp_path / "odd.html").mkdir()
     assert report(random_trace(), tmp_path / "new") == tmp_path / "new" / "report.html"
     assert report(random_trace(), tmp_path / "odd.html") == tmp_path / "odd.html" / "report.html"
@@ -238,7 +298,7 @@ def test_more_layers_than_the_page_shows_are_thinned_and_counted(tmp_path, rando
     trace = random_trace(num_experts=(3,) * 20, num_sequences=3, length=8)
     seen = Outline(report(trace, tmp_path).read_text(encoding="utf-8"))
     assert "12 of 20 layers are shown." in seen.text()
-    assert seen.elements.count("details") == 12
+    assert len([text for tag, text in seen.texts if tag == "summary" and text.startswith("layer ")]) == 12
 
 
 def test_traces_without_domains_tokens_or_text_make_a_page(tmp_path, random_trace, without_domains, make_trace):
@@ -316,7 +376,7 @@ def test_drawing_needs_no_pyplot():
 
 def test_the_heat_map_prints_the_shares_in_per_cent(make_trace):
     rows = [(0, n, 0, 0, 65, 2 if n < 73 else 0, 0) for n in range(100)] + [(1, n, 0, 0, 65, 1, 1) for n in range(50)]
-    svg = domain_heat_map(make_trace(rows)).svg
+    svg = domain_heat_map(study(make_trace(rows))).svg
     for number, times in (("73", 1), ("27", 1), ("100", 1)):
         assert svg.count(f">{number}</text>") == times
     assert "var(--more)" in svg
@@ -366,3 +426,11 @@ def test_a_run_that_drops_nothing_says_so_instead_of_drawing_zeros(tmp_path, ran
     assert picture.title == "How sure the routers are"
     assert picture.note.startswith("No choice was dropped at any logged step. Entropy:")
     assert "dropped for lack of room" not in picture.svg
+
+
+def test_an_expert_that_no_domain_uses_leaves_the_other_leans_as_they_are(make_trace):
+    rows = [(0, n, 0, 0, 65, 1, 0) for n in range(20)] + [(1, n, 0, 0, 66, n % 2, 1) for n in range(20)]
+    code, literature = domain_table(study(make_trace(rows, top_k=1))).rows
+    assert code[:7] == ("code", "layer 0", 20, 1, 1.0, 0.75, pytest.approx(4 / 3))
+    assert literature[:7] == ("literature", "layer 0", 20, 0, 0.5, 0.25, 2.0)
+    assert code[8] is None

@@ -1,7 +1,8 @@
 import pytest
 
 from moesaic.lens.layers import layer_labels
-from moesaic.lens.tokens import one_line, preferred_tokens, token_text, visible
+from moesaic.lens.measures import preferred_tokens
+from moesaic.lens.tokens import brief, one_line, token_text, visible
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,12 @@ def test_nothing_in_a_token_stays_unseen(text, seen):
 
 def test_a_heading_keeps_its_spaces_and_shows_the_rest():
     assert one_line("two  words\n\udcff") == "two  words⏎\\xFF"
+
+
+def test_a_long_name_keeps_its_beginning_and_its_end():
+    assert brief("short") == "short"
+    assert brief("x" * 26) == "x" * 26
+    assert brief("beginning of a long name and its end", 11) == "begin…s end"
 
 
 def test_a_token_without_text_is_its_number(make_trace):

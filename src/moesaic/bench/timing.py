@@ -57,9 +57,9 @@ def interleaved(
 
     A machine gets faster and slower by the minute; neighbours in one round see the same machine, so their ratio is
     taken round by round. The order turns by one place a round: nobody always follows the same neighbour's caches.
-    Before its second turn and all later ones each runs once unseen, as it would after its own last step and not after a neighbour's: oneDNN keeps
-    the code of the last 1,024 shapes of products, and a neighbour that meets many shapes would cost the next one 0.7 ms
-    for each of its own.
+    Before its second turn and all later ones each runs once unseen, as it would after its own last step and not after a
+    neighbour's: oneDNN keeps the code of the last 1,024 shapes of products, and a neighbour that meets many shapes
+    would cost the next one 0.7 ms for each of its own.
 
     Args:
         works: by name.

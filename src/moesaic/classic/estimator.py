@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from moesaic.classic.cores import all_cores
 from moesaic.classic.data import Data, Frame
 from moesaic.classic.em import EM
 from moesaic.classic.family import Family
@@ -63,10 +64,11 @@ class MixtureEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         data = Data(x_TD=self.frame_.inputs(X), y_TO=self.frame_.targets(y_TO), weight_T=weight_T)
         noise = self._noise(data)
         best: Fit | None = None
-        for _ in range(1 if is_warm else self.n_init):
-            begin = self.mixture_ if is_warm else self._start(data, noise)(data, random, self.alpha)
-            fit = self._fitted(begin, data, noise, random)
-            best = fit if best is None or fit.best > best.best else best
+        with all_cores():
+            for _ in range(1 if is_warm else self.n_init):
+                begin = self.mixture_ if is_warm else self._start(data, noise)(data, random, self.alpha)
+                fit = self._fitted(begin, data, noise, random)
+                best = fit if best is None or fit.best > best.best else best
         assert best is not None
         self._keep(best)
         return self

@@ -17,6 +17,11 @@ from moesaic.classic.tree import Floats, Indices
 class Experts(Protocol):
     """E functions from inputs to a natural parameter."""
 
+    @property
+    def wants_all_rows(self) -> bool:
+        """Whether to be asked about a part of the rows at a time, in several threads, is not for them."""
+        ...
+
     def eta(self, x_TD: Floats) -> Floats:
         """What each says about each row (T, E, O)."""
         ...
@@ -60,6 +65,11 @@ class LinearExperts:
     """
 
     coef_EOD: Floats
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """No."""
+        return False
 
     def eta(self, x_TD: Floats) -> Floats:
         """U x."""
@@ -112,6 +122,11 @@ class NetworkExperts:
 
     hidden_EFD: Floats
     output_EOF: Floats
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """No."""
+        return False
 
     def eta(self, x_TD: Floats) -> Floats:
         """What comes out."""
@@ -186,6 +201,11 @@ class OwnExperts:
     seeds: tuple[int, ...]
     estimators: tuple[Any, ...] = ()
     num_outputs: int = 1
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """Nobody knows what threads do to them."""
+        return True
 
     def eta(self, x_TD: Floats) -> Floats:
         """The η of their predictions."""

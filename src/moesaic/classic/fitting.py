@@ -17,12 +17,14 @@ class Fit:
         curve: the objective before the first pass and after each.
         has_converged: whether the last pass gained less than the tolerance.
         loglik_curve: the log-likelihood at the same times, where the objective is another.
+        held_out: number of experts and held-out log-likelihood of a row, of each tree on the way, if it changed.
     """
 
     mixture: Mixture
     curve: tuple[float, ...]
     has_converged: bool
     loglik_curve: tuple[float, ...] = ()
+    held_out: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_passes(self) -> int:
@@ -31,8 +33,8 @@ class Fit:
 
     @property
     def best(self) -> float:
-        """The objective of the mixture that is kept."""
-        return max(self.curve)
+        """What fits from several beginnings are compared by: rows held out, where trees differ in size, or else all."""
+        return self.held_out[-1][1] if self.held_out else max(self.curve)
 
 
 def climb(

@@ -39,11 +39,14 @@ class Gardener:
     history: list[tuple[int, float]] = field(default_factory=list)
 
     def grown(self, mixture: Mixture, max_experts: int) -> Mixture:
-        """Split the expert whose halves explain held-out rows best, for as long as one does better than before."""
-        best = self._noted(mixture)
+        """Split the expert whose halves explain held-out rows best, for as long as they clearly gain by it.
+
+        Clearly is by more than one standard error: the best of several tries gains a little by luck alone.
+        """
+        self._noted(mixture)
         while mixture.tree.num_experts < max_experts:
             found = self._best_of(self._splits(mixture))
-            if found is None or found[1] <= best:
+            if found is None or not self._is_clear(mixture, found[0]):
                 break
             mixture, best = found
             self.history.append((mixture.tree.num_experts, best))
@@ -68,6 +71,13 @@ class Gardener:
     def _held_out(self, mixture: Mixture) -> float:
         loglik_T = mixture.posterior(self.held_out.x_TD, self.held_out.y_TO)[1]
         return float(self.held_out.weight_T @ loglik_T) / self.held_out.total
+
+    def _is_clear(self, before: Mixture, after: Mixture) -> bool:
+        """Whether held-out rows gain more than one standard error of what each of them gains."""
+        rows, share_T = self.held_out, self.held_out.weight_T / self.held_out.total
+        gain_T = after.posterior(rows.x_TD, rows.y_TO)[1] - before.posterior(rows.x_TD, rows.y_TO)[1]
+        gain = float(share_T @ gain_T)
+        return gain > float(np.sqrt(share_T**2 @ (gain_T - gain) ** 2))
 
     def _best_of(self, candidates: Iterator[Mixture]) -> tuple[Mixture, float] | None:
         fitted = [self._fitted(one) for one in candidates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,17 @@ class Hierarchical(MixtureEstimator):
         return Tree.full(self.branching)
 
     def _fitted(self, begin: Mixture, data: Data, noise: Noise, random: np.random.RandomState) -> Fit:
-        if self.max_experts is not None or self.prune:
-            begin = self._grown(begin, data, noise, random)
-        return super()._fitted(begin, data, noise, random)
+        if self.max_experts is None and not self.prune:
+            return super()._fitted(begin, data, noise, random)
+        begin, history = self._grown(begin, data, noise, random)
+        return replace(super()._fitted(begin, data, noise, random), held_out=tuple(history))
 
-    def _grown(self, begin: Mixture, data: Data, noise: Noise, random: np.random.RandomState) -> Mixture:
-        """Another tree, found on one part of the rows by what it is worth on the other."""
-        order = random.permutation(len(data.x_TD))
+    def _grown(
+        self, begin: Mixture, data: Data, noise: Noise, random: np.random.RandomState
+    ) -> tuple[Mixture, list[tuple[int, float]]]:
+        """Another tree, found on one part of the rows by what it is worth on the other; and the trees on the way."""
+        # The same rows for every beginning, or their trees could not be compared.
+        order = np.random.RandomState(0).permutation(len(data.x_TD))
         count = round(self.validation_fraction * len(order))
         if not 0 < count < len(order):
             raise ConfigError(
@@ -79,12 +84,13 @@ class Hierarchical(MixtureEstimator):
             mixture = gardener.grown(mixture, self.max_experts)
         if self.prune:
             mixture = gardener.pruned(mixture)
-        self.held_out_curve_ = np.array([(count, value - self._log_volume) for count, value in gardener.history])
-        return mixture
+        return mixture, gardener.history
 
     def _keep(self, fit: Fit) -> None:
         # A batch fit ends what was learned on-line.
         self._online = None
+        if fit.held_out:
+            self.held_out_curve_ = np.array([(count, value - self._log_volume) for count, value in fit.held_out])
         super()._keep(fit)
 
     def _check_settings(self) -> None:
@@ -116,7 +122,7 @@ class HierarchicalMixtureRegressor(Numbers, Hierarchical):
             ``shared`` by all experts or for each ``expert``. Several outputs have each their own.
         min_variance: the least that it is estimated at, as a share of the variance of y.
         alpha: strength of the penalty on half the squared slopes, as 1 / C in scikit-learn; 0 for none.
-        max_experts: let the tree grow from ``branching`` to at most so many, while held-out likelihood rises.
+        max_experts: let the tree grow from ``branching`` to at most so many, while held-out likelihood clearly rises.
         prune: take experts off, while held-out likelihood does not fall.
         validation_fraction: of rows to hold out while the tree changes. It is fitted to all rows afterwards.
         learning_rate: step on the error of a row, on average, where ``solver='gradient'``.
@@ -219,7 +225,7 @@ class HierarchicalMixtureClassifier(Classes, Hierarchical):
         solver: ``em``, the paper's algorithm 1, which never lowers the likelihood; ``least-squares``, its algorithm 2,
             which has simpler gates; ``lbfgs`` or ``gradient``.
         alpha: strength of the penalty on half the squared slopes, as 1 / C in scikit-learn; 0 for none.
-        max_experts: let the tree grow from ``branching`` to at most so many, while held-out likelihood rises.
+        max_experts: let the tree grow from ``branching`` to at most so many, while held-out likelihood clearly rises.
         prune: take experts off, while held-out likelihood does not fall.
         validation_fraction: of rows to hold out while the tree changes. It is fitted to all rows afterwards.
         learning_rate: step on the error of a row, on average, where ``solver='gradient'``.

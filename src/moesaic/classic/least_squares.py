@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
+from moesaic.classic.cores import summed
 from moesaic.classic.tree import Floats
 
 RIDGE = 1e-8
 """Share of each input's own sum of squares that is added to it: what decides where the data do not."""
 
-_CHUNK_NUMBERS = 2**18
-"""Products of inputs that are held at a time: 2 MiB, which stays in a processor's cache."""
 
-
-def weighted_grams(x_TD: Floats, weights: Floats | Callable[[slice], Floats]) -> Floats:
-    """``Σ_t w_te x_t x_tᵀ`` for E weightings at once: a matrix product over the distinct pairs of inputs.
+def pair_products(values_DT: Floats) -> Floats:
+    """Products of each with itself and with those after it: ``x_a x_b`` for a ≤ b, as ``np.triu_indices`` has them.
 
     Args:
-        x_TD: inputs.
-        weights: a column for each weighting (T, E), or what gives the columns of some rows, where there are too many
-            to be held for all rows.
+        values_DT: the first dimension is multiplied with itself, the others go along.
+    """
+    width = len(values_DT)
+    values_DT = np.ascontiguousarray(values_DT)
+    products = np.empty((num_pairs(width), *values_DT.shape[1:]))
+    start = 0
+    for one in range(width):
+        np.multiply(values_DT[one], values_DT[one:], out=products[start : start + width - one])
+        start += width - one
+    return products
+
+
+def num_pairs(width: int) -> int:
+    """How many products those are."""
+    return width * (width + 1) // 2
+
+
+def from_pairs(flat: Floats, width: int) -> Floats:
+    """Symmetric matrices (…, D, D) from what is above their diagonals and on them (…, pairs)."""
+    first, second = np.triu_indices(width)
+    matrices = np.empty((*flat.shape[:-1], width, width))
+    matrices[..., first, second] = flat
+    matrices[..., second, first] = flat
+    return matrices
+
+
+def weighted_grams(x_TD: Floats, weight_TE: Floats) -> Floats:
+    """``Σ_t w_te x_t x_tᵀ`` for E weightings at once: a matrix product over the distinct pairs of inputs.
+
     Shape:
         ``(E, D, D)``.
     """
-    columns = weights.__getitem__ if isinstance(weights, np.ndarray) else weights
-    width = x_TD.shape[1]
-    starts = np.concatenate([[0], np.cumsum(np.arange(width, 0, -1))])
-    x_DT = np.ascontiguousarray(x_TD.T)
-    size = max(64, _CHUNK_NUMBERS // int(starts[-1]))
-    products = np.empty((int(starts[-1]), size))
-    flat: Floats | float = 0.0
-    for start in range(0, max(1, len(x_TD)), size):
-        rows = slice(start, min(start + size, len(x_TD)))
-        some_DT = x_DT[:, rows]
-        pairs = products[:, : some_DT.shape[1]]
-        for one in range(width):
-            np.multiply(some_DT[one], some_DT[one:], out=pairs[starts[one] : starts[one + 1]])
-        flat = flat + pairs @ columns(rows)
-    assert isinstance(flat, np.ndarray)
-    first, second = np.triu_indices(width)
-    gram_EDD = np.empty((flat.shape[1], width, width))
-    gram_EDD[:, first, second] = flat.T
-    gram_EDD[:, second, first] = flat.T
-    return gram_EDD
+    width, num_weightings = x_TD.shape[1], weight_TE.shape[1]
+
+    def part(rows: slice) -> tuple[Floats]:
+        return ((pair_products(x_TD[rows].T) @ weight_TE[rows]).T,)
+
+    return from_pairs(summed(len(x_TD), num_pairs(width) + num_weightings, part)[0], width)
 
 
 def damped_solve(gram_EDD: Floats, right_ED1: Floats, scale_D: Floats) -> Floats:
@@ -61,7 +69,9 @@ def damped_solve(gram_EDD: Floats, right_ED1: Floats, scale_D: Floats) -> Floats
     """
     diagonal_ED = np.diagonal(gram_EDD, axis1=-2, axis2=-1)
     root_ED = np.sqrt(np.maximum(diagonal_ED, np.where(scale_D > 0, scale_D, 1.0)))
-    equal_EDD = gram_EDD / root_ED[..., :, None] / root_ED[..., None, :]
-    equal_EDD += RIDGE * np.eye(len(scale_D))
+    equal_EDD = gram_EDD / root_ED[..., :, None]
+    equal_EDD /= root_ED[..., None, :]
+    at = np.arange(len(scale_D))
+    equal_EDD[..., at, at] += RIDGE
     solved: Floats = np.linalg.solve(equal_EDD, right_ED1 / root_ED[..., None]) / root_ED[..., None]
     return solved

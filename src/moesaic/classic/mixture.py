@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moesaic.classic.cores import gathered
 from moesaic.classic.expert import Experts
 from moesaic.classic.family import Family
 from moesaic.classic.gate import along_paths, log_branches
@@ -56,7 +57,14 @@ class Mixture:
 
     def posterior(self, x_TD: Floats, y_TO: Floats) -> tuple[Floats, Floats]:
         """Who it was (T, E), now that the target is known, and the target's log-density (T,): the E-step."""
-        return normalized(self.joint(x_TD, y_TO))
+        if self.experts.wants_all_rows:
+            return normalized(self.joint(x_TD, y_TO))
+
+        def part(rows: slice) -> tuple[Floats, Floats]:
+            return normalized(self.joint(x_TD[rows], y_TO[rows]))
+
+        posterior_TE, loglik_T = gathered(len(x_TD), 4 * self.dispersion_EO.size, part)
+        return posterior_TE, loglik_T
 
     def components(self, x_TD: Floats) -> tuple[Floats, Floats, Floats]:
         """Log-weights (T, E), means (T, E, O) and dispersions (E, O) of the distribution of a target."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from moesaic.classic.cores import summed
 from moesaic.classic.tree import Floats
 
 NoiseKind = Literal["fixed", "shared", "expert"]
@@ -29,7 +30,12 @@ class Noise:
         """φ of the greatest expected likelihood; an expert without rows keeps the one that it has."""
         if self.kind == "fixed":
             return dispersion_EO
-        squares_EO = np.einsum("te,teo->eo", share_TE, (y_TO[:, None, :] - mean_TEO) ** 2)
+
+        def part(rows: slice) -> tuple[Floats]:
+            squares_TEO = (y_TO[rows, None, :] - mean_TEO[rows]) ** 2
+            return (np.einsum("te,teo->eo", share_TE[rows], squares_TEO),)
+
+        (squares_EO,) = summed(len(y_TO), 4 * dispersion_EO.size, part)
         total_E1 = share_TE.sum(axis=0)[:, None]
         if self.kind == "shared":
             each_EO = np.broadcast_to(squares_EO.sum(axis=0) / total_E1.sum(), dispersion_EO.shape)

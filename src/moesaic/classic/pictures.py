@@ -249,7 +249,9 @@ def _feature_names(estimator: Any, given: Sequence[str] | None) -> Sequence[str]
 
 def _label(ax: Axes, place: tuple[float, float], words: str, face: str, ink: str) -> None:
     box = {"boxstyle": "round,pad=0.35", "facecolor": face, "edgecolor": LINE if face == "white" else face}
-    ax.text(*place, words, ha="center", va="center", fontsize=8, color=ink, bbox=box, zorder=2)
+    label = ax.text(*place, words, ha="center", va="center", fontsize=8, color=ink, bbox=box, zorder=2)
+    # It hangs on a place among the rows' shares, so that a layout that made room for it would move it along.
+    label.set_in_layout(False)
 
 
 def _limits(values: Any) -> tuple[float, float]:

@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from moesaic.cli import bench, convert, generate, inspect, lab, recipes, train
+from moesaic.cli import (
+    bench,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    lab,
+    lab_studies,
+    plan,
+    probe,
+    recipes,
+    serve,
+    train,
+    zoo,
+)
 
 app = typer.Typer(
     name="moesaic",
@@ -20,12 +34,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, inspect, generate):
+for verb in (train, plan, inspect, generate, doctor, serve):
     verb.add_to(app)
+lab_studies.add_to(lab.app)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(zoo.app, name="zoo")
 app.add_typer(convert.app, name="convert")
 app.add_typer(bench.app, name="bench")
 app.add_typer(lab.app, name="lab")
+app.add_typer(probe.app, name="probe")
 
 
 def _show_version(wanted: bool) -> None:

@@ -234,6 +234,36 @@ def robot_arm(
     _wrote(write(found, experiment, arm, source, out), found, as_json)
 
 
+@app.command(epilog="Example: moesaic lab tabular --data folder --out tabular.md")
+def tabular(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with mcycle.csv, ethanol.csv and tonedata.csv.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page; its picture goes beside it.")] = Path("tabular.md"),
+    work: Annotated[Path, typer.Option(help="Folder for figures; what is there is not run again.")] = Path(
+        "runs/tabular"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Little data that needs no files, in seconds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the mixtures of 1991 and 1994 beside forests, boosting and networks on tables: error, likelihood, time."""
+    from moesaic.lab.classic import Record, Tabular, digits, drawn_tables, quick_tables, read_tables
+    from moesaic.lab.classic.drawn import needs
+    from moesaic.lab.classic.tabular_page import write
+
+    needs("sklearn", "matplotlib")
+    if quick:
+        experiment, tables = Tabular(starts=1), quick_tables()
+    else:
+        folder = _given(data, "a folder with mcycle.csv, ethanol.csv and tonedata.csv")
+        experiment, tables = Tabular(), (*read_tables(folder), *drawn_tables(), digits())
+    record = Record(work / ("quick.json" if quick else "tabular.json"), experiment.plan(tables))
+    with _counted(experiment.total(tables)) as done:
+        found = experiment.run(tables, record, done)
+    _wrote(write(found, experiment, tables, out), found, as_json)
+
+
 def _given(data: Path | None, what: str) -> Path:
     """The file that was given.
 

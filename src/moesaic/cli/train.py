@@ -132,9 +132,9 @@ def _show(summary: dict[str, dict[str, Any]], out: Path, *, report: bool, as_jso
 def _report(out: Path, *, quiet: bool) -> None:
     page = out / "report.html"
     if not page.is_file() or page.stat().st_mtime < (out / "summary.json").stat().st_mtime:
-        from moesaic.cli.report import write_report
+        from moesaic.cli.report import Source, write_report
 
-        write_report(out, data=None, html=page)
+        write_report(Source(path=out), page)
     if not quiet:
         print(f"Report: {page}")
 

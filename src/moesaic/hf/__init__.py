@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moesaic.hf.batch_load import GlobalBatch, global_batch, uses_global_batch
     from moesaic.hf.convert import sparsify
+    from moesaic.hf.intervening import intervene
+    from moesaic.hf.interventions import Force, Swap, SwitchOff
     from moesaic.hf.layers import Steered, active_params, controllers, is_sparse, moe_layers
     from moesaic.hf.lstm import LstmForCausalLM
     from moesaic.hf.lstm_config import LstmConfig
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
 _HOME = {
     "BalanceTerms": "watching",
     "ExpertTrains": "peft.judge",
+    "Force": "interventions",
     "GlobalBatch": "batch_load",
     "LstmConfig": "lstm_config",
     "LstmForCausalLM": "lstm",
     "RouterSpec": "native.router_spec",
     "Seen": "watching",
     "Steered": "layers",
+    "Swap": "interventions",
+    "SwitchOff": "interventions",
     "TrainingCheck": "peft.check",
     "active_params": "layers",
     "adopt": "native.adopt",
@@ -45,6 +50,7 @@ _HOME = {
     "freeze_routers": "peft.only",
     "global_batch": "batch_load",
     "hot_experts": "peft.hot",
+    "intervene": "intervening",
     "is_sparse": "layers",
     "kernel_reports": "native.adopt",
     "lora": "peft.lora",
@@ -63,12 +69,15 @@ _HOME = {
 __all__ = [
     "BalanceTerms",
     "ExpertTrains",
+    "Force",
     "GlobalBatch",
     "LstmConfig",
     "LstmForCausalLM",
     "RouterSpec",
     "Seen",
     "Steered",
+    "Swap",
+    "SwitchOff",
     "TrainingCheck",
     "active_params",
     "adopt",
@@ -79,6 +88,7 @@ __all__ = [
     "freeze_routers",
     "global_batch",
     "hot_experts",
+    "intervene",
     "is_sparse",
     "kernel_reports",
     "lora",

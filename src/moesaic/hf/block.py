@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.balance import LossTerm, Rule
 from moesaic.hf.scope import current_frame
+from moesaic.layer import MoELayer
 from moesaic.recipes.recipe import Layer
 
 
@@ -56,7 +57,9 @@ class SparseBlock(nn.Module):
             choice_TK = frame.replay.choices(self, frame, hidden_states)
             # What a replay does not tell is padding, which reaches no expert here.
             context = replace(context, choice_TK=None if choice_TK is None else choice_TK.clamp_min(0))
-        y_TD, routing = self.moe(x_TD, valid_T, context)
+        edits = frame.edits.get(self)
+        moe = self.moe if edits is None else edits.around(cast(MoELayer, self.moe))
+        y_TD, routing = moe(x_TD, valid_T, context)
         if self.lends_logits:
             frame.lend(routing.logits_TE)
         frame.report(self, routing, self.terms)

@@ -35,6 +35,7 @@ def record(
     tokenizer: PreTrainedTokenizerBase | None = None,
     domains: Sequence[str] = (),
     to: str | Path | None = None,
+    sample: float = 1.0,
 ) -> Iterator[RoutingTrace]:
     """Write down every choice of every router in the forwards that start within.
 
@@ -55,17 +56,18 @@ def record(
         to: a Parquet file to stream the rows to, in bounded memory: the trace that is handed out stays empty, and
             ``RoutingTrace.load`` or ``RoutingTrace.parts`` reads the file. It is there when the block ends without an
             error, whole; what stood there before stays until then.
+        sample: the share of sequences to write down, each whole; the same ones at every recording.
     Raises:
-        ConfigError: if the model has no MoE layers, or some that Moesaic cannot describe.
+        ConfigError: if the model has no MoE layers, or some that Moesaic cannot describe, or ``sample`` is no share.
         BackendError: if ``to`` is given and pyarrow is not installed.
         CheckpointError: if the file cannot be written.
     """
     with adopted(model):
         where = places(model)
         metadata = _metadata(model, tokenizer, domains)
-        writer = TraceWriter(metadata) if to is None else TraceStream(metadata, Path(to))
+        writer = TraceWriter(metadata, sample) if to is None else TraceStream(metadata, Path(to), sample=sample)
         listener = _Recorder(where, writer, list(domains))
-        trace = TraceWriter(metadata).trace()
+        trace = TraceWriter(writer.metadata).trace()
         try:
             with listening(listener):
                 yield trace

@@ -22,6 +22,7 @@ from moesaic.balance import LossTerm
 from moesaic.core.context import Context
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.routing import Routing
+from moesaic.hf.interventions import Edits, Intervention
 from moesaic.hf.reports import Listener, Report, Sink, waits
 from moesaic.hf.uncompiled import uncompiled
 
@@ -76,6 +77,7 @@ class Frame:
         balance_wanted: blocks whose balance losses a listener asked for.
         parts: which tokens of the batch a router reads that does not read all, bool (T,).
         replay: gives routers their choices, instead of their own; None unless a trace is replayed.
+        edits: what is done to the choices of blocks, by :func:`moesaic.hf.intervene`.
         sink: where reports go; None while activations are recomputed.
     """
 
@@ -89,6 +91,7 @@ class Frame:
     balance_wanted: frozenset[nn.Module] = frozenset()
     parts: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     replay: Replay | None = None
+    edits: Mapping[nn.Module, Edits] = field(default_factory=dict)
     sink: Sink | None = None
 
     def tokens(self, hidden_states: Tensor) -> tuple[Tensor | None, Context]:
@@ -190,6 +193,7 @@ _NOWHERE = Frame()
 _FRAME: ContextVar[Frame] = ContextVar("moesaic.hf.frame", default=_NOWHERE)
 _DOMAINS: ContextVar[int | Tensor | None] = ContextVar("moesaic.hf.domains", default=None)
 _REPLAY: ContextVar[Replayed | None] = ContextVar("moesaic.hf.replay", default=None)
+_EDITS: ContextVar[Mapping[nn.Module, tuple[Intervention, ...]] | None] = ContextVar("moesaic.hf.edits", default=None)
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("moesaic.hf.listeners", default=())
 
 
@@ -271,6 +275,7 @@ def _frame_in(
             block for listener in listeners if listener.wants_balance for block in listener.places
         ),
         replay=None if replayed is None else replayed.forward(),
+        edits={block: Edits.of(asked) for block, asked in edits_now().items()},
         sink=Sink(listeners, is_recomputed=again),
     )
 
@@ -329,6 +334,21 @@ def replaying(replayed: Replayed) -> Iterator[None]:
         yield
     finally:
         _REPLAY.reset(token)
+
+
+def edits_now() -> Mapping[nn.Module, tuple[Intervention, ...]]:
+    """What was asked of blocks for the forwards that start here."""
+    return _EDITS.get() or {}
+
+
+@contextmanager
+def editing(asked: Mapping[nn.Module, tuple[Intervention, ...]]) -> Iterator[None]:
+    """Let every forward that starts within, in this thread, do to the choices of blocks what is asked."""
+    token = _EDITS.set(asked)
+    try:
+        yield
+    finally:
+        _EDITS.reset(token)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From a matplotlib figure to what the page and the folder of pictures need: an SVG in themed colours, and a PNG."""
+"""From a matplotlib figure to what the page and its folder need: an SVG in themed colours, and SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.core.errors import BackendError
 from moesaic.lens import palette
+from moesaic.lens.tables import Table
+from moesaic.lens.tokens import brief
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,25 +68,44 @@ class Picture:
     """One figure, ready for the page and for the folder.
 
     Attributes:
-        name: stem of its file.
+        name: stem of its files.
         title: what it shows, in words.
         note: how to read it, how much data it rests on and what chance would give.
         svg: the drawing without title and note, in CSS variables for colours.
-        png: the same with both, on white.
+        drawing: the same as a file of its own, on white.
+        png: the same with title and note, on white.
+        numbers: what is drawn, for those who cannot see it or want to work with it.
     """
 
     name: str
     title: str
     note: str
     svg: str
+    drawing: bytes
     png: bytes
+    numbers: Table | None = None
 
 
 def draw(
-    name: str, title: str, note: str, height_inches: float, paint: Callable[[Figure], None], *, num_experts: int = 0
+    name: str,
+    title: str,
+    note: str,
+    height_inches: float,
+    paint: Callable[[Figure], None],
+    *,
+    num_experts: int = 0,
+    numbers: Table | None = None,
 ) -> Picture:
-    """Let ``paint`` fill an empty figure, and render it twice.
+    """Let ``paint`` fill an empty figure, and render it.
 
+    Args:
+        name: stem of its files; no other picture of a page may have it.
+        title: what it shows, in words.
+        note: how to read it, n, and what chance would give.
+        height_inches: of the drawing; its width is ``WIDTH_INCHES``.
+        paint: gets the empty figure.
+        num_experts: experts whose colours are in it.
+        numbers: what is drawn.
     Raises:
         BackendError: if matplotlib is not installed.
     """
@@ -103,7 +124,15 @@ def draw(
         svg = StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
         png = _png(figure, title, note)
-    return Picture(name=name, title=title, note=note, svg=_inline(svg.getvalue(), name, title, num_experts), png=png)
+    return Picture(
+        name=name,
+        title=title,
+        note=note,
+        svg=palette.with_variables(_element(svg.getvalue(), name, title), num_experts),
+        drawing=_file(svg.getvalue(), title, note).encode(),
+        png=png,
+        numbers=numbers,
+    )
 
 
 def panels(figure: Figure, count: int, columns: int = 1, **options: Any) -> list[Axes]:
@@ -128,7 +157,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     heights = _apart([height for height, _, _ in ends], (high - low) * 10 / max(height_points, 1))
     for (_, name, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
-            name,
+            brief(name),
             (1, height),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
@@ -153,6 +182,8 @@ def _apart(heights: list[float], gap: float) -> list[float]:
 
 
 def _png(figure: Figure, title: str, note: str) -> bytes:
+    from PIL import Image
+
     heading = textwrap.fill(title, 50)
     foot = textwrap.fill(note, 92)
     width, height = figure.get_size_inches()
@@ -160,15 +191,16 @@ def _png(figure: Figure, title: str, note: str) -> bytes:
     figure.set_facecolor("#ffffff")
     figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=6.8, color=palette.MUTED)
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=200, facecolor="#ffffff", metadata={"Software": None})
+    drawn, png = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=200, facecolor="#ffffff", metadata={"Software": None})
+    # A drawing has few colours: with a palette of 256 it is a third of the size. Pillow comes with matplotlib.
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
     return png.getvalue()
 
 
-def _inline(svg: str, name: str, title: str, num_experts: int) -> str:
+def _element(svg: str, name: str, title: str) -> str:
     """One ``<svg>`` element that may stand beside others: no prologue, no style sheet, no id that another has."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style type=\"text/css\">.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(?<= id=")|(?<=xlink:href="#)|(?<=url\(#)', f"{name}-", svg)
     view_box = re.search(r'viewBox="[^"]*"', svg)
@@ -177,4 +209,11 @@ def _inline(svg: str, name: str, title: str, num_experts: int) -> str:
         f'<svg {box} role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return palette.with_variables(opening + svg[svg.index(">") + 1 :], num_experts)
+    return opening + svg[svg.index(">") + 1 :]
+
+
+def _file(svg: str, title: str, note: str) -> str:
+    """The drawing by itself: on white, with title and note for readers of the file and of the screen."""
+    start = svg.index(">", svg.index("<svg")) + 1
+    told = f"<title>{escape(title)}</title><desc>{escape(note)}</desc>"
+    return f'{svg[:start]}{told}<rect width="100%" height="100%" fill="#ffffff"/>{svg[start:]}'

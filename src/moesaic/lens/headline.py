@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.lens import metrics
 from moesaic.lens.runs import Run
+from moesaic.lens.study import Study
 from moesaic.lens.tokens import one_line
-from moesaic.telemetry.trace import RoutingTrace
 
 
-def headline_numbers(trace: RoutingTrace, runs: list[Run]) -> str:
+def headline_numbers(study: Study, runs: list[Run]) -> str:
     """A description list: what the runs reached at what size and speed, and how the trace's load lies."""
     items: list[tuple[str, str]] = []
     for run in runs:
@@ -23,11 +22,13 @@ def headline_numbers(trace: RoutingTrace, runs: list[Run]) -> str:
             items.append((f"{last['mean']:.3f}", f"bits per byte, {one_line(run.caption)}"))
     for run in runs:
         items += _size_and_speed(run.summary, one_line(run.label))
-    worst_L = metrics.max_over_mean(trace)
-    items.append((f"{np.nanmax(worst_L):.2f}", "busiest expert over the mean, in the worst layer (1 is even)"))
+    trace = study.trace
+    items.append(
+        (f"{np.nanmax(study.worst.value):.2f}", "busiest expert over the mean, in the worst layer (1 is even)")
+    )
     in_use = np.unique(trace.layer)
     total = sum(trace.metadata.num_experts[layer] for layer in in_use)
-    idle = sum(layer in in_use for layer, _ in metrics.idle_experts(trace))
+    idle = sum(layer in in_use for layer, _ in study.idle)
     items.append((f"{idle} of {total}", "experts idle"))
     items.append((f"{100 * float((~trace.kept).mean()):.2g} %", "choices dropped"))
     cells = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for value, name in items)
@@ -50,5 +51,5 @@ def _size_and_speed(summary: Mapping[str, Any], label: str) -> list[tuple[str, s
 def _short(count: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{count / size:.3g}\u00a0{unit}"
     return f"{count:.0f}"

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from moesaic.lens import metrics
+from moesaic.lens.measures import domains
 from moesaic.lens.tokens import one_line, token_text, visible
 from moesaic.telemetry.trace import RoutingTrace
 
@@ -40,7 +40,7 @@ def passages(trace: RoutingTrace, *, max_tokens: int = 360) -> list[Passage]:
     last = trace.where(trace.layer == trace.layer.max())
     found = []
     order = [index for index in np.unique(trace.domain) if index >= 0] + [-1] * bool((trace.domain == -1).any())
-    for index, name in zip(order, metrics.domains(trace), strict=True):
+    for index, name in zip(order, domains(trace), strict=True):
         inside = last.where(last.domain == index)
         if not inside.num_rows:
             continue
@@ -61,7 +61,7 @@ def passage_html(passage: Passage, layer: int, label: str) -> str:
         else f'<span title="{escape(label)}: no expert">{escape(text)}</span>'
         for text, choices in zip(passage.texts, passage.choices[layer], strict=True)
     ]
-    return f'<p class="passage">{"".join(spans)}</p>'
+    return f'<p class="passage" role="group" aria-label="{escape(one_line(passage.domain))}">{"".join(spans)}</p>'
 
 
 def describe(label: str, choices: Choices) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.errors import DataError
-from moesaic.lens.metrics import FloatArray
+from moesaic.lens.measures.measured import FloatArray
 
 Series = dict[str, FloatArray]
 """One value for each logged step under each name; NaN where a line lacks it."""

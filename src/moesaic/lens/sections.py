@@ -2,62 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 import numpy as np
 
-from moesaic.lens import metrics
+from moesaic.lens import downloads
 from moesaic.lens.drawing import Picture
-from moesaic.lens.layers import labels_of, shown_layers
+from moesaic.lens.measures import PreferredToken, preferred_tokens
 from moesaic.lens.passages import Passage, passage_html
-from moesaic.lens.tokens import PreferredToken, one_line, preferred_tokens
-from moesaic.telemetry.trace import RoutingTrace
+from moesaic.lens.study import Study
+from moesaic.lens.tables import Table
+from moesaic.lens.tokens import one_line
 
 # What keeps the page of a large model at a few megabytes.
 _MOST_EXPERTS = 64
+_MOST_ROWS = 300
 
 
-def picture_section(heading: str, pictures: list[Picture]) -> str:
-    """Figures with titles above and notes below."""
-    if not pictures:
+def section(name: str, heading: str, *parts: str) -> str:
+    """A part of the page with a heading that the list of contents can lead to; empty where no part has anything."""
+    body = "\n".join(filter(None, parts))
+    if not body:
         return ""
-    parts = [
-        f"<figure>\n<figcaption><h3>{escape(picture.title)}</h3></figcaption>\n{picture.svg}\n"
-        f'<p class="note">{escape(picture.note)}</p>\n</figure>'
-        for picture in pictures
-    ]
-    body = "\n".join(parts)
-    return f'<section>\n<h2>{escape(heading)}</h2>\n<div class="pictures">\n{body}\n</div>\n</section>'
+    head = f'<h2 id="{name}-h">{escape(heading)}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-h">\n{head}\n{body}\n</section>'
 
 
-def favourites_section(trace: RoutingTrace) -> str:
+def sentences(plain: Iterable[str]) -> str:
+    """Paragraphs; a number keeps its per cent sign on its line."""
+    return "\n".join(f"<p>{escape(text).replace(' %', '&nbsp;%')}</p>" for text in plain)
+
+
+def contents(sections: list[tuple[str, str, str]]) -> str:
+    """The list of contents of (name, heading, html) sections; those without html are left out."""
+    items = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, html in sections if html)
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def pictures(shown: list[Picture], folder: str) -> str:
+    """Figures with titles above, notes below, and their numbers and files at hand."""
+    if not shown:
+        return ""
+    return '<div class="pictures">\n' + "\n".join(_figure(picture, folder) for picture in shown) + "\n</div>"
+
+
+def table(shown: Table, folder: str, note: str = "") -> str:
+    """A table that the script lets a reader sort and filter, and its CSV."""
+    title = escape(shown.title)
+    return (
+        f'<div class="table">\n{f"<p>{escape(note)}</p>" if note else ""}\n{_scroll(shown)}\n'
+        f"{downloads.links([downloads.of_table(shown)], title, folder)}\n</div>"
+    )
+
+
+def favourites(study: Study) -> str:
     """One table for each layer: the tokens that each expert prefers."""
-    if not (trace.token_id >= 0).any():
+    if not (study.trace.token_id >= 0).any():
         return ""
-    labels = labels_of(trace)
-    layers = shown_layers(trace)
-    tables = [_favourites_table(trace, layer, labels[layer], is_open=layer == layers[0]) for layer in layers]
-    top_k = trace.metadata.top_k
+    tables = [_favourites_table(study, layer, is_open=layer == study.shown[0]) for layer in study.shown]
+    top_k = study.trace.metadata.top_k
     every_time = ""
     if top_k is not None:
         share = f"{100 / max(1, top_k):.3g} %"
         every_time = f" With {top_k} choices for each token, {share} means that the expert takes it every time."
-    some = "" if len(layers) == trace.num_layers else f" {len(layers)} of {trace.num_layers} layers are shown."
     return (
-        "<section>\n<h2>Tokens that each expert prefers</h2>\n"
         "<p>Under each token: the share of its n choices that went to this expert. "
-        f"␣ is a space, ⏎ a new line, \\xNN a byte that is no character by itself."
-        f'{every_time}{some}</p>\n<div class="layers">\n' + "\n".join(tables) + "\n</div>\n</section>"
+        "␣ is a space, ⏎ a new line, \\xNN a byte that is no character by itself."
+        f'{every_time} {study.some_layers}</p>\n<div class="layers">\n' + "\n".join(tables) + "\n</div>"
     )
 
 
-def passages_section(trace: RoutingTrace, passages: list[Passage]) -> str:
-    """A passage of each domain, coloured for one layer; the script adds a choice of layers."""
+def reading(study: Study, passages: list[Passage]) -> str:
+    """A passage of each domain, coloured for one layer; the script adds a choice of layers and of experts."""
     if not passages:
         return ""
-    layers, labels, shown = passage_layers(trace, passages)
-    label = labels[layers.index(shown)]
-    num_experts = max(trace.metadata.num_experts)
+    _, shown = passage_layers(study, passages)
+    label = study.labels[shown]
+    num_experts = max(study.trace.metadata.num_experts)
     legend = "".join(
         f'<span><i class="swatch" style="background: var(--e{expert})"></i>expert {expert}</span>'
         for expert in range(num_experts)
@@ -67,27 +89,44 @@ def passages_section(trace: RoutingTrace, passages: list[Passage]) -> str:
         for passage in passages
     )
     return (
-        "<section>\n<h2>Read along with the experts</h2>\n"
         "<p>The beginning of the longest traced text of each domain. Every token has the colour of its first-choice "
-        f"expert in {escape(label)}.</p>\n"
-        f'<div class="picker" role="group" aria-label="layer"></div>\n'
-        + (f'<div class="legend">{legend}</div>\n' if num_experts <= _MOST_EXPERTS else "")
-        + f'<output class="reading"></output>\n<div class="passages">\n{texts}\n</div>\n</section>'
+        f'expert in <span class="layer">{escape(label)}</span>.</p>\n'
+        '<div class="tools picker" role="group" aria-label="layer"></div>\n'
+        + (
+            f'<div class="legend" role="group" aria-label="expert">{legend}</div>\n'
+            if num_experts <= _MOST_EXPERTS
+            else ""
+        )
+        + f'<output class="reading" aria-live="polite"></output>\n<div class="passages">\n{texts}\n</div>'
     )
 
 
-def passage_layers(trace: RoutingTrace, passages: list[Passage]) -> tuple[list[int], list[str], int]:
-    """The layers that every passage can be coloured for, their labels, and the one shown at first: the last."""
-    layers = [layer for layer in shown_layers(trace) if all(layer in passage.choices for passage in passages)]
-    labels = labels_of(trace)
-    return layers, [labels[layer] for layer in layers], layers[-1]
+def passage_layers(study: Study, passages: list[Passage]) -> tuple[list[int], int]:
+    """The layers that every passage can be coloured for, and the one shown at first: the last."""
+    layers = [layer for layer in study.shown if all(layer in passage.choices for passage in passages)]
+    return layers, layers[-1]
 
 
-def _favourites_table(trace: RoutingTrace, layer: int, label: str, *, is_open: bool) -> str:
-    share_E = metrics.load_share(trace)[layer]
-    num_experts = trace.metadata.num_experts[layer]
-    limit = 8 if num_experts <= 16 else 5
-    preferred = preferred_tokens(trace, layer, limit=limit)
+def _figure(picture: Picture, folder: str) -> str:
+    numbers = ""
+    if picture.numbers and len(picture.numbers.rows) <= _MOST_ROWS:
+        numbers = f"<details><summary>The numbers</summary>\n{_scroll(picture.numbers)}\n</details>"
+    return (
+        f'<figure id="{picture.name}">\n<figcaption><h3>{escape(picture.title)}</h3></figcaption>\n{picture.svg}\n'
+        f'<p class="note">{escape(picture.note)}</p>\n'
+        f"{downloads.links(downloads.of_picture(picture), picture.title, folder)}\n{numbers}\n</figure>"
+    )
+
+
+def _scroll(shown: Table) -> str:
+    """The table in a frame of its own: it may be wider than a phone, the page may not."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(shown.title)}">\n{shown.html()}\n</div>'
+
+
+def _favourites_table(study: Study, layer: int, *, is_open: bool) -> str:
+    share_E = study.load.value[layer]
+    num_experts = study.trace.metadata.num_experts[layer]
+    preferred = preferred_tokens(study.trace, layer, limit=8 if num_experts <= 16 else 5)
     experts = list(range(num_experts))
     note = ""
     if num_experts > _MOST_EXPERTS:
@@ -99,8 +138,10 @@ def _favourites_table(trace: RoutingTrace, layer: int, label: str, *, is_open: b
         f"<td>{_chips(preferred[expert])}</td></tr>"
         for expert in experts
     )
+    label = escape(study.labels[layer])
     return (
-        f"<details{' open' if is_open else ''}><summary>{escape(label)}{note}</summary>\n<table>\n"
+        f"<details{' open' if is_open else ''}><summary>{label}{note}</summary>\n"
+        f'<table class="stacked">\n<caption class="unseen">Tokens that the experts of {label} prefer</caption>\n'
         '<thead><tr><th scope="col">expert</th><th scope="col">its load</th><th scope="col">tokens it prefers, the '
         f"surest first</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></details>"
     )

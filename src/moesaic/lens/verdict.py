@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesaic.lens import metrics
-from moesaic.lens.information import Information
-from moesaic.lens.layers import labels_of
+from moesaic.lens import measures
 from moesaic.lens.runs import Run
+from moesaic.lens.study import Study
 from moesaic.lens.tokens import one_line
-from moesaic.telemetry.trace import RoutingTrace
 
 _MOST_DOMAINS = 4
 
 
-def verdict(trace: RoutingTrace, runs: Sequence[Run], domain: list[Information]) -> list[str]:
-    """Who predicts better, how even the load is, whether experts split by domain, and what was dropped.
+def verdict(study: Study, runs: Sequence[Run]) -> list[str]:
+    """Who predicts better, how even the load is, what experts split by, how steady they are, and what was dropped.
 
     Sentences are plain text; whoever writes them into a page escapes them.
     """
-    sentences = [_comparison(runs), _balance(trace), _domains(trace, domain), _drops(trace)]
+    sentences = [
+        _comparison(runs), _balance(study), _domains(study), _word_or_subject(study), _staying(study), _drops(study),
+    ]  # fmt: skip
     return [sentence for sentence in sentences if sentence]
 
 
@@ -78,16 +78,15 @@ def _comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def _balance(trace: RoutingTrace) -> str:
-    worst_L = metrics.max_over_mean(trace)
-    layer = int(np.nanargmax(worst_L))
-    worst = float(worst_L[layer])
+def _balance(study: Study) -> str:
+    layer = int(np.nanargmax(study.worst.value))
+    worst = float(study.worst.value[layer])
     words = ((1.25, "evenly"), (1.75, "fairly evenly"), (3.0, "unevenly"), (float("inf"), "very unevenly"))
     word = next(word for limit, word in words if worst < limit)
-    where = f" ({_label(trace, layer)})" if trace.num_layers > 1 else ""
-    in_use = set(np.unique(trace.layer).tolist())
-    idle = [pair for pair in metrics.idle_experts(trace) if pair[0] in in_use]
-    total = sum(count for number, count in enumerate(trace.metadata.num_experts) if number in in_use)
+    where = f" ({study.labels[layer]})" if study.trace.num_layers > 1 else ""
+    in_use = set(np.unique(study.trace.layer).tolist())
+    idle = [pair for pair in study.idle if pair[0] in in_use]
+    total = sum(count for number, count in enumerate(study.trace.metadata.num_experts) if number in in_use)
     rest = f"{len(idle)} of the {total} experts got nothing at all" if idle else f"none of the {total} experts is idle"
     return (
         f"The work is spread {word}: the busiest expert of the most uneven layer{where} takes {worst:.2f} times the "
@@ -95,14 +94,15 @@ def _balance(trace: RoutingTrace) -> str:
     )
 
 
-def _domains(trace: RoutingTrace, domain: list[Information]) -> str:
+def _domains(study: Study) -> str:
+    domain = study.about_domain
     layers = [number for number, value in enumerate(domain) if value.ceiling > 0]
     if not layers:
         return ""
     layer = max(layers, key=lambda number: domain[number].bits - domain[number].chance)
     best = domain[layer]
     told = (
-        f"of the {best.ceiling:.2f} bits that name a token's domain, its expert in {_label(trace, layer)} "
+        f"of the {best.ceiling:.2f} bits that name a token's domain, its expert in {study.labels[layer]} "
         f"tells {best.bits:.3f} (chance {best.chance:.3f})"
     )
     # The layer was picked as the best of several, so each gets its part of the 5 %.
@@ -111,7 +111,7 @@ def _domains(trace: RoutingTrace, domain: list[Information]) -> str:
     part = (best.bits - best.chance) / best.ceiling
     words = ((0.02, "hardly split"), (0.1, "split slightly"), (0.4, "split clearly"), (2.0, "split almost entirely"))
     word = next(word for limit, word in words if part < limit)
-    takers = sorted(metrics.takers(trace, layer), key=lambda taker: taker.average - taker.share)[:_MOST_DOMAINS]
+    takers = sorted(measures.takers(study.trace, layer), key=lambda taker: taker.average - taker.share)[:_MOST_DOMAINS]
     took = [
         f"{one_line(taker.domain)} leans to expert {taker.expert} ({100 * taker.share:.0f} % of its choices, where the "
         f"average domain has {100 * taker.average:.0f} %)"
@@ -120,20 +120,48 @@ def _domains(trace: RoutingTrace, domain: list[Information]) -> str:
     return f"Experts {word} by domain: {told}." + (f" There {_joined(took)}." if part >= 0.02 else "")
 
 
-def _drops(trace: RoutingTrace) -> str:
-    dropped = int((~trace.kept).sum())
-    if not dropped:
+def _word_or_subject(study: Study) -> str:
+    """Held-out guesses of the expert, averaged over the layers."""
+    value_3L, chance_L = study.guessed.value, study.guessed.chance[0]
+    known = np.isfinite(value_3L).all(axis=0)
+    if not known.any() or len(study.domains) < 2:
         return ""
-    rates_L = metrics.drop_rate(trace)
-    layer = int(np.nanargmax(rates_L))
+    word, subject, both = (100 * value_3L[:, known].mean(axis=1)).tolist()
+    chance = 100 * float(chance_L[known].mean())
+    follow = "the word more than the subject" if word > subject else "the subject more than the word"
+    if max(word, subject) - chance < 1:
+        follow = "neither words nor subjects"
     return (
-        f"Experts had no room for {100 * dropped / trace.num_rows:.2g} % of the choices, "
-        f"{100 * rates_L[layer]:.2g} % in {_label(trace, layer)}, where it was worst."
+        f"Experts follow {follow}: from the token itself its first-choice expert is guessed right in {word:.0f} % of "
+        f"cases, from its domain in {subject:.0f} %, from both in {both:.0f} %, and from nothing in {chance:.0f} %, "
+        "averaged over the layers and on text that the guesses were not made from."
     )
 
 
-def _label(trace: RoutingTrace, layer: int) -> str:
-    return labels_of(trace)[layer]
+def _staying(study: Study) -> str:
+    excess_L = study.stays.value - study.stays.chance
+    if not np.isfinite(excess_L).any():
+        return ""
+    layer = int(np.nanargmax(np.abs(excess_L)))
+    value, chance = float(study.stays.value[layer]), float(study.stays.chance[layer])
+    often = "more often than" if value > chance else "less often than"
+    if abs(value - chance) < 0.01:
+        often = "as often as"
+    return (
+        f"A token keeps the first-choice expert of the token before it {often} chance would have it: "
+        f"{100 * value:.0f} % of the time against {100 * chance:.0f} % in {study.labels[layer]}, where it differs most."
+    )
+
+
+def _drops(study: Study) -> str:
+    dropped = int((~study.trace.kept).sum())
+    if not dropped:
+        return ""
+    layer = int(np.nanargmax(study.dropped.value))
+    return (
+        f"Experts had no room for {100 * dropped / study.trace.num_rows:.2g} % of the choices, "
+        f"{100 * study.dropped.value[layer]:.2g} % in {study.labels[layer]}, where it was worst."
+    )
 
 
 def _listed(parts: Sequence[str]) -> str:

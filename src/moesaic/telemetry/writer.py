@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.core.errors import ConfigError
 from moesaic.core.files import cannot_write, replacing_file
 from moesaic.core.routing import Routing
+from moesaic.telemetry.sample import check_share, in_sample
 from moesaic.telemetry.trace import COLUMNS, METADATA_KEY, RoutingTrace, TraceMetadata, pyarrow_modules
 
 _ROWS_HELD = 1 << 20
@@ -26,10 +27,16 @@ class TraceWriter:
 
     Args:
         metadata: layers and experts are checked against it as rows come; its domains may be given later, to ``trace``.
+        sample: the share of sequences to keep, each whole.
+    Raises:
+        ConfigError: if ``sample`` is not above 0 and at most 1.
     """
 
-    def __init__(self, metadata: TraceMetadata):
-        self.metadata = metadata
+    def __init__(self, metadata: TraceMetadata, sample: float = 1.0):
+        check_share(sample)
+        self.metadata = metadata.after_sampling(sample)
+        self._before = metadata.sampled
+        self._share = sample
         self._chunks: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in COLUMNS}
 
     @property
@@ -61,6 +68,8 @@ class TraceWriter:
         given = {"token_id_T": token_id_T, "position_T": position_T, "sequence_T": sequence_T, "domain_T": domain_T}
         self._check(layer, routing, given)
         valid_N = _numpy(routing.valid_N)
+        if self._share < 1:
+            valid_N = valid_N & in_sample(_numpy(sequence_T), self._share, self._before)[_numpy(routing.token_N)]
         token_N = _numpy(routing.token_N)[valid_N]
         rows = {
             "choice": _numpy(routing.choice_N)[valid_N],
@@ -118,13 +127,14 @@ class TraceStream(TraceWriter):
         metadata: as of :class:`TraceWriter`.
         path: of the file; what stands there stays until :meth:`close`.
         rows_held: choices to gather before they are written; None for about a million.
+        sample: as of :class:`TraceWriter`.
     Raises:
         BackendError: if pyarrow is not installed.
         CheckpointError: if the file cannot be written.
     """
 
-    def __init__(self, metadata: TraceMetadata, path: Path, rows_held: int | None = None) -> None:
-        super().__init__(metadata)
+    def __init__(self, metadata: TraceMetadata, path: Path, rows_held: int | None = None, sample: float = 1.0) -> None:
+        super().__init__(metadata, sample)
         self.path = path
         self.rows_held = _ROWS_HELD if rows_held is None else rows_held
         self._pa, self._parquet = pyarrow_modules()

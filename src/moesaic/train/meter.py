@@ -8,11 +8,13 @@ from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.train import ranks
 
 if TYPE_CHECKING:
+    from moesaic.core.routing import Routing
     from moesaic.hf import BalanceTerms, Seen
     from moesaic.telemetry.summary import RoutingSummary
 
@@ -33,6 +35,7 @@ class RoutingMeter:
         self.model = model
         self.training = training
         self._summaries: dict[str, RoutingSummary] = {}
+        self._largest: dict[str, Tensor] = {}
         self._balance: BalanceTerms | None = None
         self._aux: dict[str, Tensor] = {}
         self._stack = ExitStack()
@@ -68,16 +71,19 @@ class RoutingMeter:
 
         All ranks call it at the same point, those too that saw nothing.
         """
-        everyone = ranks.gathered((_counts(self._summaries), {name: float(aux) for name, aux in self._aux.items()}))
-        summaries = _added_up([counts for counts, _ in everyone])
+        aux, largest = ({name: float(one) for name, one in given.items()} for given in (self._aux, self._largest))
+        everyone = ranks.gathered((_counts(self._summaries), aux, largest))
+        summaries = _added_up([counts for counts, _, _ in everyone])
         if not summaries:
             return {}
         return {
-            "aux": _means([aux for _, aux in everyone]),
+            "aux": _means([aux for _, aux, _ in everyone]),
             "load_max_over_mean": {layer: summary.load_max_over_mean for layer, summary in summaries.items()},
             "load": {layer: _shares(summary.load_E) for layer, summary in summaries.items()},
             "drop_rate": {layer: summary.drop_rate for layer, summary in summaries.items()},
             "router_entropy": {layer: summary.entropy for layer, summary in summaries.items()},
+            "router_logit": {layer: max(one.get(layer, 0.0) for _, _, one in everyone) for layer in summaries},
+            **self._biases(),
         }
 
     def means(self) -> tuple[float | None, float | None]:
@@ -96,6 +102,18 @@ class RoutingMeter:
         new = RoutingSummary.of(seen.routing)
         old = self._summaries.get(seen.layer)
         self._summaries[seen.layer] = new if old is None else old + new
+        largest = _largest_logit(seen.routing)
+        before = self._largest.get(seen.layer)
+        self._largest[seen.layer] = largest if before is None else torch.maximum(before, largest)
+
+    def _biases(self) -> dict[str, dict[str, list[float]]]:
+        """The selection bias of each router that has one; the same on all ranks."""
+        from moesaic.hf import moe_layers
+
+        routers = {layer: getattr(moe, "router", None) for layer, moe in moe_layers(self.model).items()}
+        biases = {layer: getattr(router, "bias_E", None) for layer, router in routers.items()}
+        kept = {layer: _rounded(bias_E) for layer, bias_E in biases.items() if bias_E is not None}
+        return {"bias": kept} if kept else {}
 
 
 def _counts(summaries: Mapping[str, RoutingSummary]) -> Counts:
@@ -119,5 +137,15 @@ def _means(everyone: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _shares(load_E: Tensor) -> list[float]:
-    share_E = load_E.double() / load_E.sum().clamp_min(1)
-    return [round(share, 6) for share in share_E.tolist()]
+    return _rounded(load_E.double() / load_E.sum().clamp_min(1))
+
+
+def _largest_logit(routing: Routing) -> Tensor:
+    """The largest size of a logit of a token; minus infinity masks and is no logit."""
+    logits_TE = routing.logits_TE
+    left_out_TE = ~(logits_TE.isfinite() & routing.valid_T[:, None])
+    return logits_TE.masked_fill(left_out_TE, 0).abs().amax() if logits_TE.numel() else logits_TE.new_zeros(())
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.detach().double().tolist()]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from moesaic.balance import LossTerm, Rule
 from moesaic.core.routing import Routing
 from moesaic.hf.config import made_once
+from moesaic.hf.interventions import Edits
 from moesaic.hf.native.router_spec import RouterSpec, wide
 from moesaic.hf.native.table import Row
 from moesaic.hf.scope import NOT_GIVEN, Frame, current_frame
 from moesaic.hf.uncompiled import uncompiled
+from moesaic.routers.select import select_top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +48,14 @@ class Decision:
         weight_TK: of the chosen.
         expert_TK: the chosen.
         shared_TS: weights of shared experts, where the router has gates for them.
+        kept_TK: False where an intervention drops a choice; None for all kept.
     """
 
     logits_TE: Tensor
     weight_TK: Tensor
     expert_TK: Tensor
     shared_TS: Tensor | None = None
+    kept_TK: Tensor | None = None
 
 
 class Adopted(nn.Module):
@@ -103,6 +107,16 @@ class Reporter(Adopted):
             bias_E: its selection bias.
             native: runs the model's own code.
         """
+        decision, edits = self._decided(router, hidden_states, bias_E, native), current_frame().edits.get(self)
+        if edits is None:
+            return decision
+        return edited(
+            decision, edits, self.adoption, router, hidden_states.reshape(-1, hidden_states.shape[-1]), bias_E
+        )
+
+    def _decided(
+        self, router: nn.Module, hidden_states: Tensor, bias_E: Tensor | None, native: Callable[[], Decision]
+    ) -> Decision:
         mine, frame = self.adoption, current_frame()
         chosen_TK = None if frame.replay is None else frame.replay.choices(self, frame, hidden_states)
         if chosen_TK is None and not mine.float32:
@@ -127,12 +141,54 @@ class Reporter(Adopted):
             kept_TK: False where capacity dropped a choice; None for all kept.
         """
         mine, frame = self.adoption, current_frame()
+        kept_TK = decision.kept_TK if kept_TK is None else kept_TK
         wanted, _ = frame.wanted(self, mine.terms)
         if not wanted and not frame.is_heard(self):
             return
         # What only listeners see must leave nothing in the graph: recomputed activations would miss it there.
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(wanted)):
             frame.report(self, _routing(frame, self, mine.spec, hidden_states, decision, kept_TK), mine.terms)
+
+
+def edited(
+    decision: Decision, edits: Edits, mine: Adoption, router: nn.Module, x_TD: Tensor, bias_E: Tensor | None
+) -> Decision:
+    """A decision with what an intervention does to it; tokens that it does not touch keep their very numbers.
+
+    Args:
+        decision: the router's.
+        edits: what is done.
+        mine: what is kept with the router.
+        router: the module with the weights.
+        x_TD: what it read.
+        bias_E: its selection bias.
+    """
+    spec = replace(mine.spec, precision="float32") if mine.float32 else mine.spec
+    expert_TK, weight_TK, shared_TS = decision.expert_TK.to(torch.int64), decision.weight_TK, decision.shared_TS
+    if edits.chooses:
+        logits_TE = decision.logits_TE if mine.row.logits is None else mine.row.logits(mine.row, router, x_TD, spec)
+        logits_TE = wide(logits_TE)
+        closed_E = edits.among(edits.closed, spec.num_experts, x_TD.device)
+        by_TE, scores_TE = spec.routed(logits_TE).masked_fill(closed_E, -torch.inf), spec.scores(logits_TE)
+
+        def best(closed_E: Tensor) -> Tensor:
+            select_TE = spec.selection(by_TE, scores_TE.masked_fill(closed_E, -torch.inf), bias_E)
+            # Once more: some families put 0 in the place of what is out.
+            return select_top_k(select_TE.masked_fill(closed_E, -torch.inf), spec.top_k)
+
+        own_TK, expert_TK = expert_TK, edits.choose(expert_TK, spec.num_experts, best)
+        # Sparsemixer weighs a pick against those that come near it: one that is out must not.
+        against_TE = by_TE if spec.policy == "sparsemixer" else logits_TE
+        weights_TK, gates_TS = spec.weights(against_TE, scores_TE, expert_TK, mine.row.scale_of(router))
+        other_T1 = (expert_TK != own_TK).any(dim=-1, keepdim=True)
+        weight_TK = torch.where(other_T1, weights_TK.to(weight_TK.dtype), weight_TK)
+        if shared_TS is not None and gates_TS is not None:
+            shared_TS = torch.where(other_T1, gates_TS.to(shared_TS.dtype), shared_TS)
+    expert_TK, kept_TK = edits.rename(expert_TK), None
+    if edits.dropped:
+        kept_TK = ~edits.is_dropped(expert_TK, spec.num_experts)
+        weight_TK = weight_TK.masked_fill(~kept_TK, 0)
+    return replace(decision, weight_TK=weight_TK, expert_TK=expert_TK, shared_TS=shared_TS, kept_TK=kept_TK)
 
 
 class AdoptedRouter(Reporter):

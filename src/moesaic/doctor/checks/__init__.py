@@ -1,0 +1,1 @@
+"""The checks: small pure functions from measurements to a finding."""
