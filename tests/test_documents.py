@@ -226,10 +226,11 @@ def test_the_catalogue_is_what_the_recipes_say_about_themselves():
 
 # --- nothing of the machine that it was written on ------------------------------------------------------------------
 
-# Absolute paths into a work folder or a home, private hosts, and settings that name a package index.
+# Absolute paths into a work folder or a home, private hosts, and settings that name a package index. Every machine calls
+# itself 127.0.0.1.
 _PRIVATE = re.compile(
     r"(?<![\w.~/-])/(?:home/\w+|root|Users/\w+)/\w"
-    r"|https?://[^\s/\"'<>]*(?:\d+\.\d+\.\d+\.\d+|\.internal|\.corp|\.lan|\.local)\b"
+    r"|https?://(?!127\.0\.0\.1\b)[^\s/\"'<>]*(?:\d+\.\d+\.\d+\.\d+|\.internal|\.corp|\.lan|\.local)\b"
     r"|--(?:extra-)?index-url|--find-links|PIP_(?:EXTRA_)?INDEX_URL|PIP_FIND_LINKS"
 )
 
@@ -258,6 +259,10 @@ def test_no_file_names_the_machine_that_it_was_written_on():
 )
 def test_a_private_path_is_found(text):
     assert _PRIVATE.search(text)
+
+
+def test_the_address_of_any_machine_itself_is_not_private():
+    assert not _PRIVATE.search("http://127.0.0.1:8000/v1")
 
 
 def test_the_page_of_laws_has_a_line_for_each_recipe_and_nothing_that_fails():

@@ -207,6 +207,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny, monkeypatc
     assert_equal_runs(whole.out, stopped.out, 8)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts; shells start what runs in the background without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_stops_at_once(tiny, monkeypatch):
     config = tiny()
     real, calls = MoeTrainer.training_step, []
