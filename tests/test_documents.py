@@ -226,8 +226,8 @@ def test_the_catalogue_is_what_the_recipes_say_about_themselves():
 
 # --- nothing of the machine that it was written on ------------------------------------------------------------------
 
-# Absolute paths into a work folder or a home, private hosts, and settings that name a package index. Every machine calls
-# itself 127.0.0.1.
+# Absolute paths into a work folder or a home, private hosts, and settings that name a package index. Every machine
+# calls itself 127.0.0.1.
 _PRIVATE = re.compile(
     r"(?<![\w.~/-])/(?:home/\w+|root|Users/\w+)/\w"
     r"|https?://(?!127\.0\.0\.1\b)[^\s/\"'<>]*(?:\d+\.\d+\.\d+\.\d+|\.internal|\.corp|\.lan|\.local)\b"

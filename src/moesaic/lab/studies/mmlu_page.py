@@ -55,8 +55,8 @@ def _words(found: Mapping[str, Any], model: str, drawing: str) -> Iterator[str]:
         "which words have a favourite? The same questions to a mixture that was made from real weights:",
         "",
         "```console",
-        "$ moesaic lab mmlu --of-each 16 --model runs/pretrained/models/upcycled-two-copies-trained --data ../shared/data "
-        "--out docs/studies/mmlu.md",
+        "$ moesaic lab mmlu --of-each 16 --model runs/pretrained/models/upcycled-two-copies-trained "
+        "--data ../shared/data --out docs/studies/mmlu.md",
         "```",
         "",
         f"{model} {found['questions']:,} test questions with their choices, {found['tokens']:,} tokens, "
