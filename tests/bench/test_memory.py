@@ -9,10 +9,10 @@ import torch
 from moesaic.bench.contender import Contender
 from moesaic.bench.draw import draw
 from moesaic.bench.layer import contenders
-from moesaic.bench.living import Living
 from moesaic.bench.memory import kept, memory
 from moesaic.bench.ours import ours
 from moesaic.bench.peers import GROUPED, transformers_contender, transformers_weights
+from moesaic.core.living import Living
 
 from .conftest import CPU, TINY
 

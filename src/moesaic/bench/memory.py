@@ -15,10 +15,10 @@ from moesaic.bench.case import Case
 from moesaic.bench.contender import Absent, Contender
 from moesaic.bench.draw import Draw, draw
 from moesaic.bench.layer import Say, contenders, facts, title, wanted
-from moesaic.bench.living import Living
 from moesaic.bench.machine import machine
 from moesaic.bench.peers import GROUPED
 from moesaic.bench.result import Group, Line, Result
+from moesaic.core.living import Living
 
 MIB = 2**20
 NUMBERS = {
