@@ -10,6 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from moesaic.core.errors import BackendError
+from moesaic.kernels.grouped_ffn import native as native_kernel
+from moesaic.kernels.native import library
+
 hypothesis.settings.register_profile(
     "moesaic", deadline=None, derandomize=True, database=None, max_examples=40, print_blob=False
 )
@@ -22,3 +26,30 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch) -> None:
+    """What somebody has compiled on this machine changes no test: only those that ask have the kernels in C."""
+    monkeypatch.setattr(native_kernel, "library", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def _compiled_once(tmp_path_factory) -> library.Library | str:
+    """The kernels in C, or why there are none."""
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "library_path", lambda: folder / "native.so")
+        try:
+            return library.build()
+        except BackendError as error:
+            return str(error)
+
+
+@pytest.fixture
+def compiled(_compiled_once, _nothing_is_compiled, monkeypatch) -> library.Library:
+    """The kernels in C, where a compiler is there."""
+    if isinstance(_compiled_once, str):
+        pytest.skip(_compiled_once)
+    monkeypatch.setattr(native_kernel, "library", lambda: _compiled_once)
+    return _compiled_once

@@ -13,7 +13,10 @@ from moesaic.routers import TopKRouter
 
 CPU = torch.device("cpu")
 NAMED = {kernel.name: kernel for kernel in KERNELS}
-ON_CPU = "fastest that runs on cpu in {dtype}"
+NOT_COMPILED = (
+    "native: it is not compiled on this machine; `moesaic native` does so in seconds where there is a C compiler"
+)
+ON_CPU = "fastest that runs on cpu in {dtype} (passed over: " + NOT_COMPILED + ")"
 # The package's name `choose` is the function; this is the module.
 module = importlib.import_module("moesaic.kernels.grouped_ffn.choose")
 
@@ -41,7 +44,7 @@ def test_auto_names_every_kernel_that_it_passed_over_and_the_reason(monkeypatch)
     choice = choose("auto", CPU, torch.float32)
     assert choice.kernel is NAMED["torch"]
     assert choice.reason == (
-        "fastest that runs on cpu in torch.float32 (passed over: picky: it multiplies bfloat16 only)"
+        f"fastest that runs on cpu in torch.float32 (passed over: picky: it multiplies bfloat16 only; {NOT_COMPILED})"
     )
     assert choose("auto", CPU, torch.bfloat16).kernel is PICKY
 
@@ -70,7 +73,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
         choose("cuda", CPU, torch.float32)
     assert (
         str(error.value)
-        == "kernel must be auto or one of grouped_mm, triton, torch, reference, got 'cuda'. Use auto if unsure."
+        == "kernel must be auto or one of grouped_mm, triton, native, torch, reference, got 'cuda'. Use auto if unsure."
     )
 
 

@@ -17,6 +17,14 @@ every_kernel = pytest.mark.parametrize(
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_for_native(request):
+    """Have the kernels in C, where they are the ones tested and a compiler is there."""
+    kernel = request.node.callspec.params.get("kernel") if hasattr(request.node, "callspec") else None
+    if kernel is not None and kernel.name == "native":
+        request.getfixturevalue("compiled")
+
+
 def _exact(kernel) -> torch.dtype:
     """The widest dtype that a kernel multiplies."""
     return torch.float64 if kernel.cannot(CPU, torch.float64) is None else torch.float32

@@ -17,6 +17,7 @@ from moesaic.cli import (
     inspect,
     lab,
     lab_studies,
+    native,
     plan,
     probe,
     recipes,
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, plan, inspect, generate, doctor, serve):
+for verb in (train, plan, inspect, generate, doctor, serve, native):
     verb.add_to(app)
 lab_studies.add_to(lab.app)
 app.add_typer(recipes.app, name="recipes")

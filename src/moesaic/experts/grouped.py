@@ -9,6 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.errors import ShapeError
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
@@ -79,9 +80,8 @@ def run_grouped(
             f"the plan must be for {num_experts} experts, got one for {plan.num_experts}. "
             "Build router and experts with the same num_experts."
         )
-    device = x_TD.device.type
-    cast = _autocast_to(device)
-    with torch.autocast(device, enabled=False):
+    cast = _autocast_to(x_TD.device.type)
+    with without_autocast(x_TD.device):
         gate, up, down = None if gate_EDF is None else cast(gate_EDF), cast(up_EDF), cast(down_EFD)
         run = pick(kernel, up, (gate, up, down)).kernel.run
         if weigh == "output":
@@ -89,7 +89,7 @@ def run_grouped(
         else:
             x_ND, row_plan = _weighed_rows(x_TD, plan)
             y_TD = add_up(run(cast(x_ND), row_plan, gate, up, down, activation), plan, x_TD.shape[0])
-    return y_TD.to(x_TD.dtype)
+    return y_TD if y_TD.dtype == x_TD.dtype else y_TD.to(x_TD.dtype)
 
 
 def _weighed_rows(x_TD: Tensor, plan: Plan) -> tuple[Tensor, Plan]:

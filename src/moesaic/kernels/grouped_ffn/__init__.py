@@ -6,6 +6,7 @@ and ``act(x up_e) down_e`` if not. Gather, products, weighting and sum are one o
 
 from moesaic.kernels.grouped_ffn.choose import KERNELS, Choice, Kernel, Stacks, choose, require_known
 from moesaic.kernels.grouped_ffn.grouped import grouped_ffn_grouped_mm
+from moesaic.kernels.grouped_ffn.native import grouped_ffn_native
 from moesaic.kernels.grouped_ffn.reference import grouped_ffn_reference
 from moesaic.kernels.grouped_ffn.torch import grouped_ffn_torch
 from moesaic.kernels.grouped_ffn.triton import grouped_ffn_triton
@@ -17,6 +18,7 @@ __all__ = [
     "Stacks",
     "choose",
     "grouped_ffn_grouped_mm",
+    "grouped_ffn_native",
     "grouped_ffn_reference",
     "grouped_ffn_torch",
     "grouped_ffn_triton",

@@ -12,6 +12,7 @@ from moesaic.core.errors import BackendError, ConfigError
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.grouped import grouped_ffn_grouped_mm, grouped_mm_cannot, grouped_mm_misfits
+from moesaic.kernels.grouped_ffn.native import grouped_ffn_native, native_cannot, native_misfits
 from moesaic.kernels.grouped_ffn.reference import grouped_ffn_reference
 from moesaic.kernels.grouped_ffn.torch import grouped_ffn_torch
 from moesaic.kernels.grouped_ffn.triton import grouped_ffn_triton, triton_cannot, triton_misfits
@@ -96,6 +97,13 @@ KERNELS = (
         cannot=triton_cannot,
         misfits=triton_misfits,
         yields=_slow_on_cpu,
+    ),
+    Kernel(
+        name="native",
+        run=grouped_ffn_native,
+        what="C, generation as fast as memory gives weights, bfloat16 with the gather within the products",
+        cannot=native_cannot,
+        misfits=native_misfits,
     ),
     Kernel(name="torch", run=grouped_ffn_torch, what="PyTorch, one graph node with a hand-written backward"),
     Kernel(

@@ -1,0 +1,315 @@
+"""What only the kernels in C do: teams of threads, chunks of rows, odd ends, every order of weights, and compiling."""
+
+import ctypes
+import mmap
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moesaic import BackendError, MoELayer
+from moesaic.experts import GatedExperts
+from moesaic.kernels.activations import activation
+from moesaic.kernels.grouped_ffn import KERNELS, choose
+from moesaic.kernels.grouped_ffn import native as native_kernel
+from moesaic.kernels.grouped_ffn.layout import halves
+from moesaic.kernels.grouped_ffn.native import grouped_ffn_native, native_cannot, native_misfits
+from moesaic.kernels.native import library as native_library
+from moesaic.routers import TopKRouter
+from tests.kernels import case as cases
+from tests.kernels.case import CPU, Case, E, choices, choices_of_loads, compare, leaves_of
+from tests.scratch import poisoned_scratch
+from tests.tolerances import assert_close
+
+KERNEL = next(kernel for kernel in KERNELS if kernel.name == "native")
+LOADS = [(0, 1, 7, 63, 16), (63, 0, 0, 0, 0), (17, 15, 1, 0, 33), (40, 40, 40, 40, 40), (130, 5, 97, 12, 13)]
+needs_products = pytest.mark.usefixtures("with_products")
+
+
+@pytest.fixture
+def with_products(compiled):
+    """A processor that multiplies bfloat16."""
+    if not compiled.has_products:
+        pytest.skip("this processor has no AVX512_BF16, or has AMX, which PyTorch uses")
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-threads")
+def shared_out(request, monkeypatch, compiled):
+    """Even the smallest layer is shared out over so many threads."""
+    monkeypatch.setattr(native_kernel, "SMALL_LAYER", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("loads", LOADS, ids=str)
+@needs_products
+@pytest.mark.usefixtures("shared_out")
+def test_teams_of_threads_agree_with_plain_loops(loads, gated):
+    compare(KERNEL, Case.of(choices_of_loads(*loads), torch.bfloat16, gated=gated))
+
+
+@pytest.mark.parametrize("together", [0, E], ids=["one-by-one", "together"])
+@needs_products
+@pytest.mark.usefixtures("shared_out")
+def test_who_works_on_what_changes_no_bit(monkeypatch, together):
+    case = Case.of(choices_of_loads(*LOADS[4]), torch.bfloat16)
+
+    def bits():
+        leaves = leaves_of(case.inputs)
+        y_TD = case.run(KERNEL.run, leaves)
+        y_TD.float().square().sum().backward()
+        return [y_TD.detach(), *(leaf.grad for leaf in leaves.values())]
+
+    first = bits()
+    monkeypatch.setattr(
+        native_kernel,
+        "share_out",
+        lambda sizes, _n: (list(range(len(sizes)))[:together], list(range(len(sizes)))[together:]),
+    )
+    for _ in range(3):
+        assert all(torch.equal(one, again) for one, again in zip(first, bits(), strict=True))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (33, 17), (50, 63), (64, 96)])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@needs_products
+def test_sizes_that_fill_no_panel_agree_with_plain_loops(monkeypatch, width, hidden, gated):
+    monkeypatch.setattr(cases, "D", width)
+    monkeypatch.setattr(cases, "F", hidden)
+    compare(KERNEL, Case.of(choices_of_loads(*LOADS[2]), torch.bfloat16, gated=gated))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@needs_products
+def test_products_know_every_activation_and_its_derivative(gated, act):
+    compare(KERNEL, Case.of(choices(29), torch.bfloat16, gated=gated, act=act))
+
+
+@needs_products
+def test_gradients_of_more_rows_than_a_chunk_are_added_up_in_float32():
+    """4,096 rows at a time: whatever was summed before would drown a sum in bfloat16."""
+    compare(KERNEL, Case.of(choices_of_loads(9000, 5, 0, 0, 4100), torch.bfloat16))
+
+
+def _turned(stack):
+    """The same numbers, column by column."""
+    return stack.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("turned", [("down_EFD",), ("gate_EDF", "up_EDF"), ("gate_EDF", "up_EDF", "down_EFD")], ids=str)
+@needs_products
+def test_weights_may_lie_in_either_order_and_gradients_lie_as_they_do(turned):
+    case = Case.of(choices(63), torch.bfloat16)
+    straight, leaves = leaves_of(case.inputs), leaves_of(case.inputs)
+    for name in turned:
+        leaves[name] = _turned(leaves[name].detach()).requires_grad_()
+    for one in (straight, leaves):
+        case.run(KERNEL.run, one).float().square().sum().backward()
+    for name, leaf in leaves.items():
+        # A matrix written the other way round is summed in the same order.
+        assert torch.equal(leaf.grad, straight[name].grad), name
+        assert leaf.grad.stride() == leaf.stride()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@needs_products
+def test_gate_and_up_may_be_halves_of_one_tensor(turned):
+    case = Case.of(choices(63), torch.bfloat16)
+    apart = leaves_of(case.inputs)
+    case.run(KERNEL.run, apart).float().square().sum().backward()
+    both = torch.cat([case.inputs["gate_EDF"], case.inputs["up_EDF"]], dim=-1)
+    both = (_turned(both) if turned else both).requires_grad_()
+    leaves = leaves_of(case.inputs)
+    leaves["gate_EDF"], leaves["up_EDF"] = halves(both)
+    case.run(KERNEL.run, leaves).float().square().sum().backward()
+    assert torch.equal(both.grad, torch.cat([apart["gate_EDF"].grad, apart["up_EDF"].grad], dim=-1))
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("order", ["straight", "turned"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("shared_out")
+def test_few_rows_agree_with_plain_loops(dtype, num_tokens, order, gated):
+    case = Case.of(choices(num_tokens), dtype, gated=gated, act="gelu_tanh")
+    leaves = leaves_of(case.inputs)
+    if order == "turned":
+        leaves = {name: _turned(value) if value.ndim == 3 else value for name, value in leaves.items()}
+    with torch.no_grad(), poisoned_scratch():
+        y_TD = case.run(grouped_ffn_native, leaves)
+    assert y_TD.dtype == dtype
+    assert_close(y_TD, case.expected(leaves_of(case.inputs, torch.float64)), "y_TD")
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (600, 300), (129, 515)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("shared_out")
+def test_few_rows_of_any_size_agree_with_plain_loops(monkeypatch, dtype, width, hidden):
+    """The larger ones are split by columns, since two experts are not work enough for three threads."""
+    monkeypatch.setattr(cases, "D", width)
+    monkeypatch.setattr(cases, "F", hidden)
+    case = Case.of(choices_of_loads(2, 3, 0, 0, 0), dtype)
+    with torch.no_grad():
+        y_TD = case.run(grouped_ffn_native, leaves_of(case.inputs))
+    assert_close(y_TD, case.expected(leaves_of(case.inputs, torch.float64)), "y_TD")
+
+
+def test_generation_takes_few_rows_and_training_does_not(compiled, monkeypatch):
+    seen = []
+
+    def spy(job):
+        seen.append(compiled.few_rows(job))
+        return seen[-1]
+
+    spied = {name: getattr(compiled, name) for name in compiled.__slots__} | {"few_rows": spy}
+    monkeypatch.setattr(native_kernel, "library", lambda: native_library.Library(**spied))
+    few, many = (Case.of(choices_of_loads(*loads), torch.float32) for loads in ((4, 3, 0, 0, 0), (30, 30, 30, 30, 30)))
+    few.run(KERNEL.run, leaves_of(few.inputs))
+    assert seen == []
+    with torch.no_grad():
+        few.run(KERNEL.run, leaves_of(few.inputs))
+        assert seen == [0]
+        many.run(KERNEL.run, leaves_of(many.inputs))
+        assert seen == [0, 1]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_tokens_and_gradients_need_not_lie_row_by_row():
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case.of(choices(9), dtype)
+        leaves, turned = leaves_of(case.inputs), leaves_of(case.inputs)
+        turned["x_TD"] = leaves["x_TD"].detach().t().contiguous().t().requires_grad_()
+        grad_TD = torch.randn(case.inputs["x_TD"].shape).to(dtype)
+        case.run(KERNEL.run, leaves).backward(grad_TD)
+        case.run(KERNEL.run, turned).backward(grad_TD.t().contiguous().t())
+        for name, leaf in leaves.items():
+            assert torch.equal(leaf.grad, turned[name].grad), name
+
+
+@needs_products
+def test_elements_beyond_two_to_the_31_are_reached():
+    """The second expert's weights lie 2^31 numbers behind the first one's, in memory that is only promised."""
+    width, hidden, apart = 4, 3, 2**31
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python has no name for
+    promised = mmap.mmap(-1, 2 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    far = torch.frombuffer(promised, dtype=torch.bfloat16)
+    stacks = []
+    for place, (rows, columns) in enumerate([(width, hidden), (width, hidden), (hidden, width)]):
+        stack = far.as_strided((2, rows, columns), (apart, columns, 1), place * 16)
+        stack.copy_(torch.randn(stack.shape))
+        stacks.append(stack)
+    near = [stack.clone() for stack in stacks]
+    case = Case.of(choices_of_loads(0, 9, 0, 0, 0), torch.bfloat16)
+    x_TD = torch.randn(9, width).bfloat16()
+    plan = case.plan(case.inputs["weight"]).only(0, 2)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            far_TD, near_TD = (
+                grouped_ffn_native(x_TD.clone().requires_grad_(grad), plan, *one, activation("silu"))
+                for one in (stacks, near)
+            )
+        assert torch.equal(far_TD, near_TD)
+        assert far_TD.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("compiled")
+def test_auto_takes_them_once_they_are_compiled():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose("auto", CPU, dtype).kernel is KERNEL
+    assert choose("auto", CPU, torch.float64).kernel.name == "torch"
+    layer = MoELayer(TopKRouter(8, 4, top_k=2), GatedExperts(4, 8, 6)).bfloat16()
+    assert layer.kernel_report().startswith("native: C, ")
+    y_TD, _ = layer(torch.randn(3, 8).bfloat16())
+    assert y_TD.isfinite().all()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_who_counts_operations_counts_those_of_pytorch():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = Case.of(choices(63), torch.bfloat16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        case.run(KERNEL.run, leaves_of(case.inputs))
+    # Filler rows count; the three products of as many rows as there are come to at least this.
+    assert counter.get_total_flops() >= 6 * int(case.kept_N.sum()) * cases.D * cases.F
+
+
+def test_what_cannot_run_says_why(compiled, monkeypatch):
+    assert native_cannot(torch.device("cuda"), torch.float32) == "it is C for CPUs"
+    assert native_cannot(CPU, torch.float64) == "it takes float32 and bfloat16"
+    stack = torch.empty(4, 6, 8)
+    assert native_misfits(stack, stack, stack) is None
+    every_second = torch.empty(4, 6, 16)[:, :, ::2]
+    assert native_misfits(None, every_second, stack) == (
+        "native needs each expert's matrix row by row or column by column, and up has strides (96, 16, 2)"
+    )
+    assert native_misfits(_turned(stack), stack, stack) == "native needs gate and up in the same order in memory"
+    case = Case.of(choices(3), torch.float32)
+    monkeypatch.setattr(native_kernel, "library", lambda: None)
+    with pytest.raises(BackendError) as error:
+        case.run(KERNEL.run, leaves_of(case.inputs))
+    assert str(error.value) == (
+        "the kernels in C must be able to run here, but it is not compiled on this machine; `moesaic native` does so "
+        "in seconds where there is a C compiler. Use kernel='auto'."
+    )
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A cache of our own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_library.library.cache_clear()
+    yield tmp_path
+    native_library.library.cache_clear()
+
+
+def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):
+    assert native_library.library() is None
+    path = native_library.library_path()
+    assert path.parent == elsewhere / "moesaic"
+    built = native_library.build()
+    assert built.path == path
+    assert native_library.library().path == path
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+    found = subprocess.run(
+        [sys.executable, "-c", "from moesaic.kernels.native.library import library; print(library().path)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(path)
+
+
+def test_without_a_compiler_it_says_what_to_do_and_writes_nothing(elsewhere, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(BackendError) as error:
+        native_library.build()
+    assert str(error.value) == (
+        "a C compiler (cc, gcc, clang) must be there to build the native kernels, and none was found. Install gcc or "
+        "clang, or go on without: kernel='auto' takes another kernel."
+    )
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(elsewhere, tmp_path):
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho the disk is full >&2\nexit 7\n")
+    broken.chmod(0o755)
+    with pytest.raises(BackendError) as error:
+        native_library.build(str(broken))
+    assert str(error.value) == (
+        f"{broken} must compile the native kernels, but stopped with 7. Try another compiler. It said: the disk is full"
+    )
+    assert not list((elsewhere / "moesaic").iterdir())
+
+
+def test_python_and_c_agree_on_what_a_job_is(compiled):
+    dll = ctypes.CDLL(str(compiled.path))
+    dll.moesaic_job_bytes.restype = ctypes.c_int64
+    assert dll.moesaic_job_bytes() == ctypes.sizeof(native_library.Job)
