@@ -59,6 +59,7 @@ pages: env       ## write the pages that come from the code and its tests: catal
 	$(BIN)/python -m pytest -q -n auto tests/hf/test_adopt_every_family.py --write-families docs/families.md
 
 bench: env       ## measure speed and memory on this CPU, about an hour, and write docs/speed.md
+	$(BIN)/moesaic native
 	$(BIN)/moesaic bench layer --out $(RESULTS)
 	$(BIN)/moesaic bench model --out $(RESULTS)
 	$(BIN)/moesaic bench decode --out $(RESULTS)

@@ -71,7 +71,8 @@ def test_the_parameters_of_a_mixtral_layer_are_those_of_the_published_model():
 
 def test_the_kernel_report_names_the_kernel_and_the_reason():
     assert _layer().kernel_report() == (
-        "torch: PyTorch, one graph node with a hand-written backward; fastest that runs on cpu in torch.float32"
+        "torch: PyTorch, one graph node with a hand-written backward; fastest that runs on cpu in torch.float32 "
+        "(passed over: native: it is not compiled on this machine: run `moesaic native`)"
     )
     layer = recipes.get("mixtral").layer(8, hidden=6, kernel="reference").bfloat16()
     assert layer.kernel_report() == (

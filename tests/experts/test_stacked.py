@@ -79,5 +79,5 @@ def test_an_unknown_kernel_is_refused(kind):
         kind(4, 5, 3, kernel="fast")(torch.zeros(7, 5), plan)
     assert (
         str(error.value)
-        == "kernel must be auto or one of grouped_mm, triton, torch, reference, got 'fast'. Use auto if unsure."
+        == "kernel must be auto or one of grouped_mm, triton, native, torch, reference, got 'fast'. Use auto if unsure."
     )

@@ -135,14 +135,15 @@ def test_reports_say_which_kernel_runs_and_why():
     reports = hf.kernel_reports(made.model)
     assert list(reports) == [f"model.layers.{layer}.mlp.experts" for layer in range(3)]
     assert set(reports.values()) == {
-        "torch: PyTorch, one graph node with a hand-written backward; fastest that runs on cpu in torch.float32"
+        "torch: PyTorch, one graph node with a hand-written backward; fastest that runs on cpu in torch.float32 "
+        "(passed over: native: it is not compiled on this machine: run `moesaic native`)"
     }
     mz.adopt(made.model, kernel="reference")
     assert all("asked for by name" in report for report in hf.kernel_reports(made.model).values())
     mz.adopt(made.model, kernel=None)
     assert made.model.get_experts_implementation()[""] == "grouped_mm"
     with pytest.raises(
-        ConfigError, match="kernel must be auto or one of grouped_mm, triton, torch, reference, got 'fast'"
+        ConfigError, match="kernel must be auto or one of grouped_mm, triton, native, torch, reference, got 'fast'"
     ):
         mz.adopt(made.model, kernel="fast")
 

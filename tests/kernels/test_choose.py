@@ -13,9 +13,7 @@ from moesaic.routers import TopKRouter
 
 CPU = torch.device("cpu")
 NAMED = {kernel.name: kernel for kernel in KERNELS}
-NOT_COMPILED = (
-    "native: it is not compiled on this machine; `moesaic native` does so in seconds where there is a C compiler"
-)
+NOT_COMPILED = "native: it is not compiled on this machine: run `moesaic native`"
 ON_CPU = "fastest that runs on cpu in {dtype} (passed over: " + NOT_COMPILED + ")"
 # The package's name `choose` is the function; this is the module.
 module = importlib.import_module("moesaic.kernels.grouped_ffn.choose")

@@ -5,6 +5,7 @@ import mmap
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -28,11 +29,15 @@ LOADS = [(0, 1, 7, 63, 16), (63, 0, 0, 0, 0), (17, 15, 1, 0, 33), (40, 40, 40, 4
 needs_products = pytest.mark.usefixtures("with_products")
 
 
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 @pytest.fixture
-def with_products(compiled):
-    """A processor that multiplies bfloat16."""
-    if not compiled.has_products:
-        pytest.skip("this processor has no AVX512_BF16, or has AMX, which PyTorch uses")
+def with_products(compiled, request):
+    """A processor that multiplies in the dtype of the test."""
+    dtype = request.node.callspec.params.get("dtype", torch.bfloat16)
+    if dtype not in compiled.products:
+        pytest.skip(f"on this processor products in {dtype} are left to PyTorch")
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count}-threads")
@@ -47,17 +52,19 @@ def shared_out(request, monkeypatch, compiled):
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("loads", LOADS, ids=str)
+@every_dtype
 @needs_products
 @pytest.mark.usefixtures("shared_out")
-def test_teams_of_threads_agree_with_plain_loops(loads, gated):
-    compare(KERNEL, Case.of(choices_of_loads(*loads), torch.bfloat16, gated=gated))
+def test_teams_of_threads_agree_with_plain_loops(dtype, loads, gated):
+    compare(KERNEL, Case.of(choices_of_loads(*loads), dtype, gated=gated))
 
 
 @pytest.mark.parametrize("together", [0, E], ids=["one-by-one", "together"])
+@every_dtype
 @needs_products
 @pytest.mark.usefixtures("shared_out")
-def test_who_works_on_what_changes_no_bit(monkeypatch, together):
-    case = Case.of(choices_of_loads(*LOADS[4]), torch.bfloat16)
+def test_who_works_on_what_changes_no_bit(dtype, monkeypatch, together):
+    case = Case.of(choices_of_loads(*LOADS[4]), dtype)
 
     def bits():
         leaves = leaves_of(case.inputs)
@@ -77,24 +84,27 @@ def test_who_works_on_what_changes_no_bit(monkeypatch, together):
 
 @pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (33, 17), (50, 63), (64, 96)])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@every_dtype
 @needs_products
-def test_sizes_that_fill_no_panel_agree_with_plain_loops(monkeypatch, width, hidden, gated):
+def test_sizes_that_fill_no_panel_agree_with_plain_loops(dtype, monkeypatch, width, hidden, gated):
     monkeypatch.setattr(cases, "D", width)
     monkeypatch.setattr(cases, "F", hidden)
-    compare(KERNEL, Case.of(choices_of_loads(*LOADS[2]), torch.bfloat16, gated=gated))
+    compare(KERNEL, Case.of(choices_of_loads(*LOADS[2]), dtype, gated=gated))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@every_dtype
 @needs_products
-def test_products_know_every_activation_and_its_derivative(gated, act):
-    compare(KERNEL, Case.of(choices(29), torch.bfloat16, gated=gated, act=act))
+def test_products_know_every_activation_and_its_derivative(dtype, gated, act):
+    compare(KERNEL, Case.of(choices(29), dtype, gated=gated, act=act))
 
 
+@every_dtype
 @needs_products
-def test_gradients_of_more_rows_than_a_chunk_are_added_up_in_float32():
+def test_gradients_of_more_rows_than_a_chunk_are_added_up_in_float32(dtype):
     """4,096 rows at a time: whatever was summed before would drown a sum in bfloat16."""
-    compare(KERNEL, Case.of(choices_of_loads(9000, 5, 0, 0, 4100), torch.bfloat16))
+    compare(KERNEL, Case.of(choices_of_loads(9000, 5, 0, 0, 4100), dtype))
 
 
 def _turned(stack):
@@ -103,9 +113,10 @@ def _turned(stack):
 
 
 @pytest.mark.parametrize("turned", [("down_EFD",), ("gate_EDF", "up_EDF"), ("gate_EDF", "up_EDF", "down_EFD")], ids=str)
+@every_dtype
 @needs_products
-def test_weights_may_lie_in_either_order_and_gradients_lie_as_they_do(turned):
-    case = Case.of(choices(63), torch.bfloat16)
+def test_weights_may_lie_in_either_order_and_gradients_lie_as_they_do(dtype, turned):
+    case = Case.of(choices(63), dtype)
     straight, leaves = leaves_of(case.inputs), leaves_of(case.inputs)
     for name in turned:
         leaves[name] = _turned(leaves[name].detach()).requires_grad_()
@@ -118,9 +129,10 @@ def test_weights_may_lie_in_either_order_and_gradients_lie_as_they_do(turned):
 
 
 @pytest.mark.parametrize("turned", [False, True])
+@every_dtype
 @needs_products
-def test_gate_and_up_may_be_halves_of_one_tensor(turned):
-    case = Case.of(choices(63), torch.bfloat16)
+def test_gate_and_up_may_be_halves_of_one_tensor(dtype, turned):
+    case = Case.of(choices(63), dtype)
     apart = leaves_of(case.inputs)
     case.run(KERNEL.run, apart).float().square().sum().backward()
     both = torch.cat([case.inputs["gate_EDF"], case.inputs["up_EDF"]], dim=-1)
@@ -134,7 +146,7 @@ def test_gate_and_up_may_be_halves_of_one_tensor(turned):
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("order", ["straight", "turned"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_dtype
 @pytest.mark.usefixtures("shared_out")
 def test_few_rows_agree_with_plain_loops(dtype, num_tokens, order, gated):
     case = Case.of(choices(num_tokens), dtype, gated=gated, act="gelu_tanh")
@@ -148,7 +160,7 @@ def test_few_rows_agree_with_plain_loops(dtype, num_tokens, order, gated):
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (600, 300), (129, 515)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_dtype
 @pytest.mark.usefixtures("shared_out")
 def test_few_rows_of_any_size_agree_with_plain_loops(monkeypatch, dtype, width, hidden):
     """The larger ones are split by columns, since two experts are not work enough for three threads."""
@@ -167,7 +179,7 @@ def test_generation_takes_few_rows_and_training_does_not(compiled, monkeypatch):
         seen.append(compiled.few_rows(job))
         return seen[-1]
 
-    spied = {name: getattr(compiled, name) for name in compiled.__slots__} | {"few_rows": spy}
+    spied = {field.name: getattr(compiled, field.name) for field in fields(compiled)} | {"few_rows": spy}
     monkeypatch.setattr(native_kernel, "library", lambda: native_library.Library(**spied))
     few, many = (Case.of(choices_of_loads(*loads), torch.float32) for loads in ((4, 3, 0, 0, 0), (30, 30, 30, 30, 30)))
     few.run(KERNEL.run, leaves_of(few.inputs))
@@ -192,21 +204,22 @@ def test_tokens_and_gradients_need_not_lie_row_by_row():
             assert torch.equal(leaf.grad, turned[name].grad), name
 
 
+@every_dtype
 @needs_products
-def test_elements_beyond_two_to_the_31_are_reached():
+def test_elements_beyond_two_to_the_31_are_reached(dtype):
     """The second expert's weights lie 2^31 numbers behind the first one's, in memory that is only promised."""
     width, hidden, apart = 4, 3, 2**31
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python has no name for
-    promised = mmap.mmap(-1, 2 * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    far = torch.frombuffer(promised, dtype=torch.bfloat16)
+    promised = mmap.mmap(-1, dtype.itemsize * (apart + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    far = torch.frombuffer(promised, dtype=dtype)
     stacks = []
     for place, (rows, columns) in enumerate([(width, hidden), (width, hidden), (hidden, width)]):
         stack = far.as_strided((2, rows, columns), (apart, columns, 1), place * 16)
         stack.copy_(torch.randn(stack.shape))
         stacks.append(stack)
     near = [stack.clone() for stack in stacks]
-    case = Case.of(choices_of_loads(0, 9, 0, 0, 0), torch.bfloat16)
-    x_TD = torch.randn(9, width).bfloat16()
+    case = Case.of(choices_of_loads(0, 9, 0, 0, 0), dtype)
+    x_TD = torch.randn(9, width).to(dtype)
     plan = case.plan(case.inputs["weight"]).only(0, 2)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -255,8 +268,8 @@ def test_what_cannot_run_says_why(compiled, monkeypatch):
     with pytest.raises(BackendError) as error:
         case.run(KERNEL.run, leaves_of(case.inputs))
     assert str(error.value) == (
-        "the kernels in C must be able to run here, but it is not compiled on this machine; `moesaic native` does so "
-        "in seconds where there is a C compiler. Use kernel='auto'."
+        "the kernels in C must be able to run here, but it is not compiled on this machine: run `moesaic native`. "
+        "Use kernel='auto'."
     )
 
 

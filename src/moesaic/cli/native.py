@@ -34,9 +34,6 @@ def _native(
         return
     made = build(compiler)
     typer.echo(f"wrote {made.path}")
-    typer.echo("generation: float32 and bfloat16")
-    typer.echo(
-        "many rows: bfloat16"
-        if made.has_products
-        else "many rows: left to PyTorch, since this processor has no AVX512_BF16, or AMX, which PyTorch uses"
-    )
+    many = " and ".join(str(dtype).removeprefix("torch.") for dtype in made.products)
+    typer.echo("few rows, in generation: float32 and bfloat16")
+    typer.echo(f"many rows: {many or 'left to PyTorch, since this processor has no AVX512'}")

@@ -101,7 +101,7 @@ KERNELS = (
     Kernel(
         name="native",
         run=grouped_ffn_native,
-        what="C, generation as fast as memory gives weights, bfloat16 with the gather within the products",
+        what="C, few rows as fast as memory gives weights, many with gather and activation within the products",
         cannot=native_cannot,
         misfits=native_misfits,
     ),

@@ -1,8 +1,8 @@
-"""The grouped feed-forward by kernels in C, once they are compiled: generation, and everything in bfloat16.
+"""The grouped feed-forward by kernels in C, once they are compiled.
 
-A few rows are run by reading each weight once, as fast as memory gives it. Many rows in bfloat16 go through products
-that gather tokens and apply activations on their way. Many rows in float32 run as in
-:mod:`~moesaic.kernels.grouped_ffn.torch`, whose products nothing here would beat.
+A few rows are run by reading each weight once, as fast as memory gives it. Many rows go through products that gather
+tokens and apply activations on their way, where the processor has what these are made of (AVX512, for bfloat16
+AVX512_BF16); elsewhere they run as in :mod:`~moesaic.kernels.grouped_ffn.torch`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return "it takes float32 and bfloat16"
     if library() is None:
-        return "it is not compiled on this machine; `moesaic native` does so in seconds where there is a C compiler"
+        return "it is not compiled on this machine: run `moesaic native`"
     return None
 
 
@@ -79,7 +79,7 @@ def grouped_ffn_native(
         y_TD = _few_rows(kernels, x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
         if y_TD is not None:
             return y_TD
-    if x_TD.dtype != torch.bfloat16 or not kernels.has_products:
+    if x_TD.dtype not in kernels.products:
         return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
     if has_graph:
         result: Tensor = _GroupedFFN.apply(*inputs, plan, activation)  # type: ignore[no-untyped-call]

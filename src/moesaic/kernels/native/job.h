@@ -25,11 +25,11 @@ struct job {
     /* Only for many rows. */
     const int64_t *order; /* experts with rows, the first num_together by all threads together, then one by one */
     int64_t num_order, num_together;
-    bf16 *gate_pre, *up_pre; /* (N, F) pre-activations, kept for the backward; NULL if none is to come */
-    bf16 *rows;              /* (N, D): outputs, or gradients of inputs, of each row */
+    void *gate_pre, *up_pre; /* (N, F) pre-activations, kept for the backward; NULL if none is to come */
+    void *rows;              /* (N, D): outputs, or gradients of inputs, of each row */
     char *scratch;           /* as many bytes as asked for */
     /* Only for the backward. */
-    const bf16 *grad_y; /* (T, D), rows grad_y_row apart */
+    const void *grad_y; /* (T, D), rows grad_y_row apart */
     int64_t grad_y_row;
     float *grad_weight;                         /* (N,) */
     struct stack grad_gate, grad_up, grad_down; /* data NULL where not wanted */

@@ -86,14 +86,14 @@ class Library:
 
     Attributes:
         path: of the file.
-        has_products: whether it has products of many rows; otherwise only those of few.
+        products: dtypes in which it takes many rows; others only in generation.
         few_rows: see few_rows.c.
         scratch_bytes: see grouped.c.
         grouped: see grouped.c; gives nothing.
     """
 
     path: Path
-    has_products: bool
+    products: tuple[torch.dtype, ...]
     few_rows: Callable[..., int]
     scratch_bytes: Callable[..., int]
     grouped: Callable[..., int | None]
@@ -180,15 +180,17 @@ def _opened(path: Path) -> Library:
             f"{path} must take jobs of {ctypes.sizeof(Job)} bytes and takes {dll.moesaic_job_bytes()}. Delete it and "
             "build it again."
         )
-    has_products = bool(dll.moesaic_has_products())
+    products = tuple(
+        dtype for dtype in (torch.float32, torch.bfloat16) if dll.moesaic_has_products(int(dtype == torch.bfloat16))
+    )
     return Library(
         path=path,
-        has_products=has_products,
+        products=products,
         few_rows=dll.moesaic_few_rows,
-        scratch_bytes=dll.moesaic_scratch_bytes if has_products else _none,
-        grouped=dll.moesaic_grouped if has_products else _none,
+        scratch_bytes=dll.moesaic_scratch_bytes if products else _none,
+        grouped=dll.moesaic_grouped if products else _none,
     )
 
 
 def _none(*_arguments: object) -> int:
-    raise BackendError("these kernels were compiled without products, for a processor that has none of AVX512_BF16.")
+    raise BackendError("these kernels were compiled for a processor without AVX512, and take no more than a few rows.")
