@@ -114,7 +114,8 @@ class MoELayer(ExactBuffers):
         """
         context.check(x_TD.shape[0])
         routing: Routing = self.router(x_TD, valid_T, context)  # who goes where
-        routing = replace(routing, sequence_T=context.sequence_T)
+        if routing.sequence_T is not context.sequence_T:
+            routing = replace(routing, sequence_T=context.sequence_T)
         plan: Plan = self.dispatch(routing)  # in which order, and what is dropped
         y_TD: Tensor = self.experts(x_TD, plan)  # gather, work, weigh, add
         if self.shared is not None:

@@ -299,6 +299,18 @@ def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):
     assert found.stdout.strip() == str(path)
 
 
+def test_a_library_that_is_damaged_is_named_and_replaced(elsewhere, compiled):
+    path = native_library.library_path()
+    path.parent.mkdir()
+    path.write_bytes(b"half a libr")
+    with pytest.raises(BackendError) as error:
+        native_library.library()
+    said = str(error.value)
+    assert said.startswith(f"{path} must be a library that `moesaic native` has made, and cannot be opened: ")
+    assert said.endswith(". Run `moesaic native` to make it anew, or with --remove to do without.")
+    assert native_library.build().products == native_library.library().products == compiled.products
+
+
 def test_without_a_compiler_it_says_what_to_do_and_writes_nothing(elsewhere, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(BackendError) as error:

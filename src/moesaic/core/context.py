@@ -36,11 +36,11 @@ class Context:
         Raises:
             ShapeError: naming the field.
         """
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in _FIELDS:
+            value: Tensor | None = getattr(self, name)
             if value is not None and value.shape[:1] != (num_tokens,):
                 raise ShapeError(
-                    f"Context.{field.name} must have one entry for each of {num_tokens} tokens, got shape "
+                    f"Context.{name} must have one entry for each of {num_tokens} tokens, got shape "
                     f"{tuple(value.shape)}. Flatten it as the tokens were flattened."
                 )
 
@@ -65,4 +65,5 @@ class Context:
         return torch.zeros(like_TD.shape[0], dtype=torch.int64, device=like_TD.device)
 
 
+_FIELDS = tuple(field.name for field in fields(Context))
 NO_CONTEXT = Context()

@@ -56,13 +56,13 @@ class Plan:
         """
         # Rows left out sort as if they went to an expert after the last.
         expert_N = torch.where(kept_N, expert_N, num_experts)
-        row_N = torch.argsort(expert_N, stable=True)
+        row_N = torch.sort(expert_N, stable=True)[1]
         load_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=kept_N.device)
         load_E = load_E.index_add_(0, expert_N, torch.ones_like(expert_N))[:num_experts]
         return cls(
             row_N=row_N,
-            token_N=token_N[row_N],
-            weight_N=weight_N[row_N],
+            token_N=token_N.index_select(0, row_N),
+            weight_N=weight_N.index_select(0, row_N),
             load_E=load_E,
             offset_E=load_E.cumsum(0),
             kept_N=kept_N,

@@ -85,16 +85,18 @@ class Routing:
             )
         device = expert_TK.device
         valid_T = checked_mask(valid_T, num_tokens, device)
-        token_N = torch.arange(num_tokens, device=device).repeat_interleave(top_k)
+        expert_N = expert_TK.reshape(-1)
+        row_N = torch.arange(num_tokens * top_k, device=device)
+        token_N = row_N.div(top_k, rounding_mode="floor")
         return cls(
-            expert_N=expert_TK.reshape(-1).to(torch.int64),
+            expert_N=expert_N if expert_N.dtype == torch.int64 else expert_N.to(torch.int64),
             token_N=token_N,
             weight_N=weight_TK.reshape(-1),
-            choice_N=torch.arange(top_k, device=device).repeat(num_tokens),
+            choice_N=row_N.remainder(top_k),
             logits_TE=logits_TE,
             scores_TE=scores_TE,
             valid_T=valid_T,
-            kept_N=valid_T[token_N],
+            kept_N=valid_T.index_select(0, token_N),
         )
 
     @classmethod
@@ -191,7 +193,7 @@ class Routing:
     @property
     def valid_N(self) -> Tensor:
         """False on the rows of padding tokens, bool (N,)."""
-        return self.valid_T[self.token_N]
+        return self.valid_T.index_select(0, self.token_N)
 
     @property
     def load_E(self) -> Tensor:

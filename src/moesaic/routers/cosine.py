@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, normal
@@ -70,7 +71,7 @@ class CosineRouter(TokenChoiceRouter):
         """Write the table for one batch of tokens; its logits are the cosines over the temperature."""
         token_TR = self.logits(x_TD)
         dtype = token_TR.dtype
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             token_TR = F.normalize(token_TR, dim=-1, eps=SHORTEST)
             expert_ER = F.normalize(self.embedding_ER.to(dtype), dim=-1, eps=SHORTEST)
             logits_TE = F.linear(token_TR, expert_ER) * self.log_temperature.to(dtype).neg().exp()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, zeros
@@ -121,7 +122,7 @@ class HierarchicalRouter(LinearRouter):
 
     def _group_logits(self, x_TD: Tensor) -> Tensor:
         x_TD = widened(x_TD, self.group_GD.shape[1])
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             return F.linear(x_TD, self.group_GD.to(x_TD.dtype))
 
 

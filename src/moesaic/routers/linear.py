@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.exact import ExactBuffers
 from moesaic.core.init import Init, normal
@@ -58,12 +59,21 @@ class LinearRouter(ExactBuffers):
         Raises:
             ShapeError: if the tokens are not of the router's width.
         """
-        x_TD = widened(x_TD, self.weight.shape[1])
-        with torch.autocast(x_TD.device.type, enabled=False):
-            if self.training and self.jitter > 0:
+        weight_ED: Tensor = self.weight
+        bias_E: Tensor | None = self.logit_bias_E
+        x_TD = widened(x_TD, weight_ED.shape[1])
+        with without_autocast(x_TD.device):
+            if self.jitter > 0 and self.training:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-            bias_E = None if self.logit_bias_E is None else self.logit_bias_E.to(x_TD.dtype)
-            return F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
+            if weight_ED.dtype != x_TD.dtype:
+                weight_ED = weight_ED.to(x_TD.dtype)
+            if bias_E is not None:
+                bias_E = bias_E.to(x_TD.dtype)
+            return self.product(x_TD, weight_ED, bias_E)
+
+    def product(self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+        """The map itself, all of one precision; a router may know a faster way to its gradients."""
+        return F.linear(x_TD, weight_ED, bias_E)
 
 
 def widened(x_TD: Tensor, width: int) -> Tensor:
@@ -76,4 +86,5 @@ def widened(x_TD: Tensor, width: int) -> Tensor:
         raise ShapeError(
             f"x_TD must be (tokens, {width}), got {tuple(x_TD.shape)}. Flatten batch and position into one dimension."
         )
-    return x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return x_TD if x_TD.dtype == wide else x_TD.to(wide)

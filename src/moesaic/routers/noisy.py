@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, zeros
@@ -89,7 +90,7 @@ class NoisyTopKRouter(LinearRouter):
         logits_TE = super().logits(x_TD)
         if self.mix_EE is None:
             return logits_TE
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             return F.linear(logits_TE.tanh(), self.mix_EE.to(logits_TE.dtype))
 
     def forward(self, x_TD: Tensor, valid_T: Tensor | None = None, context: Context = NO_CONTEXT) -> Routing:
@@ -111,7 +112,7 @@ class NoisyTopKRouter(LinearRouter):
 def spread(x_TD: Tensor, noise_ED: Tensor, epsilon: float) -> Tensor:
     """The noise's standard deviation for each token and expert, ``softplus(x W_noise) + epsilon``, float32 or wider."""
     x_TD = widened(x_TD, noise_ED.shape[1])
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device):
         return F.softplus(F.linear(x_TD, noise_ED.to(x_TD.dtype))) + epsilon
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.init import Init
 from moesaic.routers.linear import LinearRouter, widened
 
@@ -35,7 +35,7 @@ class PooledRouter(LinearRouter):
     def forward(self, mean_SD: Tensor) -> Tensor:
         """Logits of each span."""
         mean_SD = widened(mean_SD, self.weight.shape[1])
-        with torch.autocast(mean_SD.device.type, enabled=False):
+        with without_autocast(mean_SD.device):
             weight = self.weight.to(mean_SD.dtype)
             if self.input_norm is not None and self.weight_norm is not None:
                 mean_SD, weight = _normal(mean_SD, self.input_norm), _normal(weight, self.weight_norm)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.core.autocast import without_autocast
 from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError, ShapeError
 from moesaic.core.init import Init, normal
@@ -81,7 +82,7 @@ class ResidualRouter(TokenChoiceRouter):
         if self.inner_weight is None:
             return super().logits(x_TD)
         x_TD = widened(x_TD, self.inner_weight.shape[1])
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             inner_TD = F.linear(x_TD, self.inner_weight.to(x_TD.dtype)).tanh()
         return super().logits(inner_TD)
 
@@ -105,5 +106,5 @@ class ResidualRouter(TokenChoiceRouter):
                 f"Context.below_TE must be {tuple(logits_TE.shape)}, one logit for each expert here, got "
                 f"{tuple(below_TE.shape)}. Give all MoE layers the same num_experts."
             )
-        with torch.autocast(logits_TE.device.type, enabled=False):
+        with without_autocast(logits_TE.device):
             return logits_TE + F.linear(below_TE.to(logits_TE.dtype), self.below_weight.to(logits_TE.dtype))

@@ -64,7 +64,7 @@ class TokenChoiceRouter(LinearRouter):
         """The K chosen experts of each token, best first (T, K), without a gradient."""
         if self.bias_E is None:
             # Logits order experts as their scores do, and stay apart where a score has underflowed or saturated.
-            return select_top_k(logits_TE.detach(), self.top_k)
+            return select_top_k(logits_TE, self.top_k)
         return select_top_k(scores_TE.detach() + self.bias_E.to(scores_TE.dtype), self.top_k)
 
 

@@ -11,6 +11,7 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
+from moesaic.routers import sparse_gradient
 from moesaic.routers.groups import GroupLimit
 from moesaic.routers.scores import Score, softmax
 from moesaic.routers.select import select_top_k
@@ -98,6 +99,12 @@ class TopKRouter(TokenChoiceRouter):
             return routing
         return replace(routing, extras=self.groups.devices(self.num_experts, self.top_k, x_TD.device))
 
+    def product(self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+        """The linear map, whose gradient may be sparse: most logits have none where weights are of chosen ones."""
+        if not self._weighs_chosen_logits:
+            return super().product(x_TD, weight_ED, bias_E)
+        return sparse_gradient.linear(x_TD, weight_ED, bias_E, self.top_k)
+
     def choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """The K chosen experts of each token, best first (T, K), within its best groups."""
         if self.groups is None:
@@ -109,13 +116,17 @@ class TopKRouter(TokenChoiceRouter):
             by_TE = by_TE + self.bias_E.to(by_TE.dtype)
         return select_top_k(self.groups.mask(by_TE), self.top_k)
 
+    @property
+    def _weighs_chosen_logits(self) -> bool:
+        # For softmax "chosen" says the same as "logits": what all scores are divided by cancels.
+        return self.normalize == "logits" or (self.normalize == "chosen" and self.score == softmax)
+
     def _weigh(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
         if self.normalize == "scores":
             weight_TK = scores_TE.gather(1, expert_TK)
-        elif self.normalize == "logits" or self.score == softmax:
-            # For softmax both say the same: what all scores are divided by cancels.
-            weight_TK = self.score.of(logits_TE.gather(1, expert_TK))
+        elif self._weighs_chosen_logits:
+            weight_TK = self.score.of(sparse_gradient.gather(logits_TE, expert_TK))
         else:
             # softmax(log s) is s / sum(s), and stays right where every chosen s has underflowed.
             weight_TK = self.score.log_of(logits_TE).gather(1, expert_TK).softmax(dim=-1)
-        return weight_TK * self.scale
+        return weight_TK if self.scale == 1 else weight_TK * self.scale

@@ -127,9 +127,21 @@ def _processor() -> str:
 
 @cache
 def library() -> Library | None:
-    """The compiled kernels, if somebody has had them compiled on this machine; looked for once in a process."""
+    """The compiled kernels, if somebody has had them compiled on this machine; looked for once in a process.
+
+    Raises:
+        BackendError: if there is one that cannot be opened.
+    """
     path = library_path()
-    return _opened(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise BackendError(
+            f"{path} must be a library that `moesaic native` has made, and cannot be opened: {error}. "
+            "Run `moesaic native` to make it anew, or with --remove to do without."
+        ) from None
 
 
 def build(compiler: str | None = None) -> Library:
@@ -174,7 +186,6 @@ def build(compiler: str | None = None) -> Library:
 def _opened(path: Path) -> Library:
     dll = ctypes.CDLL(str(path))
     dll.moesaic_job_bytes.restype = ctypes.c_int64
-    dll.moesaic_scratch_bytes.restype = ctypes.c_int64
     if dll.moesaic_job_bytes() != ctypes.sizeof(Job):
         raise BackendError(
             f"{path} must take jobs of {ctypes.sizeof(Job)} bytes and takes {dll.moesaic_job_bytes()}. Delete it and "
@@ -183,6 +194,8 @@ def _opened(path: Path) -> Library:
     products = tuple(
         dtype for dtype in (torch.float32, torch.bfloat16) if dll.moesaic_has_products(int(dtype == torch.bfloat16))
     )
+    if products:
+        dll.moesaic_scratch_bytes.restype = ctypes.c_int64
     return Library(
         path=path,
         products=products,
