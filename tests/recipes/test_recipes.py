@@ -291,7 +291,8 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
         ({"init_std": -0.5}, "init_std must be at least 0, got -0.5. Most language models use 0.02."),
         (
             {"kernel": "foo"},
-            "kernel must be auto or one of grouped_mm, triton, native, torch, reference, got 'foo'. Use auto if unsure.",
+            "kernel must be auto or one of grouped_mm, triton, native, torch, reference, got 'foo'. "
+            "Use auto if unsure.",
         ),
         (
             {"scale": 0.0},
