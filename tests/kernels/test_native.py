@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moesaic import BackendError, MoELayer
+from moesaic.core.living import Living
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation
 from moesaic.kernels.grouped_ffn import KERNELS, choose
@@ -251,6 +252,24 @@ def test_who_counts_operations_counts_those_of_pytorch():
         case.run(KERNEL.run, leaves_of(case.inputs))
     # Filler rows count; the three products of as many rows as there are come to at least this.
     assert counter.get_total_flops() >= 6 * int(case.kept_N.sum()) * cases.D * cases.F
+
+
+def test_who_asks_what_is_alive_sees_our_memory(compiled, monkeypatch):
+    case = Case.of(choices(63), torch.float32)
+    if torch.float32 not in compiled.products:
+        pytest.skip("on this processor products in float32 are left to PyTorch")
+    monkeypatch.setattr(native_kernel, "grouped_ffn_torch", None)  # not called
+    leaves = leaves_of(case.inputs)
+    plan = case.plan(leaves["weight"])
+    living = Living([*leaves.values(), plan.token_N, plan.weight_N, plan.offset_E, plan.load_E, plan.row_N])
+    with living:
+        stacks = (leaves["gate_EDF"], leaves["up_EDF"], leaves["down_EFD"])
+        y_TD = grouped_ffn_native(leaves["x_TD"], plan, *stacks, activation("silu"))
+    # Both pre-activations of every place, and the output.
+    kept_bytes = 2 * len(plan.token_N) * cases.F * 4
+    assert living.live_bytes == kept_bytes + y_TD.untyped_storage().nbytes()
+    # Beside these, rows of outputs and what weights are packed into.
+    assert living.peak_bytes >= living.live_bytes + int(case.kept_N.sum()) * cases.D * 4
 
 
 def test_what_cannot_run_says_why(compiled, monkeypatch):
