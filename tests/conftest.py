@@ -1,6 +1,7 @@
 """What every test starts from: the same seed, one thread, and reproducible random examples."""
 
 import os
+import shutil
 
 import hypothesis
 import pytest
@@ -10,9 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from moesaic.core.errors import BackendError
 from moesaic.kernels.grouped_ffn import native as native_kernel
-from moesaic.kernels.native import library
+from moesaic.kernels.native import build
 
 hypothesis.settings.register_profile(
     "moesaic", deadline=None, derandomize=True, database=None, max_examples=40, print_blob=False
@@ -31,25 +31,24 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch) -> None:
     """What somebody has compiled on this machine changes no test: only those that ask have the kernels in C."""
-    monkeypatch.setattr(native_kernel, "library", lambda: None)
+    monkeypatch.setattr(native_kernel, "compiled", lambda: None)
 
 
 @pytest.fixture(scope="session")
-def _compiled_once(tmp_path_factory) -> library.Library | str:
-    """The kernels in C, or why there are none."""
+def _compiled_once(tmp_path_factory) -> build.Compiled | None:
+    """The kernels in C, or None without a compiler; one that is there has to manage."""
+    if not any(map(shutil.which, build.COMPILERS)):
+        return None
     folder = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "library_path", lambda: folder / "native.so")
-        try:
-            return library.build()
-        except BackendError as error:
-            return str(error)
+        patch.setattr(build, "compiled_path", lambda: folder / "native.so")
+        return build.build()
 
 
 @pytest.fixture
-def compiled(_compiled_once, _nothing_is_compiled, monkeypatch) -> library.Library:
+def compiled(_compiled_once, _nothing_is_compiled, monkeypatch) -> build.Compiled:
     """The kernels in C, where a compiler is there."""
-    if isinstance(_compiled_once, str):
-        pytest.skip(_compiled_once)
-    monkeypatch.setattr(native_kernel, "library", lambda: _compiled_once)
+    if _compiled_once is None:
+        pytest.skip(f"NOT TESTED: needs a C compiler ({', '.join(build.COMPILERS)})")
+    monkeypatch.setattr(native_kernel, "compiled", lambda: _compiled_once)
     return _compiled_once

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from moesaic.bench import ours as ours_module
+from moesaic.bench.contender import Absent
+from moesaic.bench.draw import draw
 from moesaic.bench.layer import Plan, layer, modes_of, wanted
 from moesaic.bench.ours import DENSE, WITH_ROUTER
 from moesaic.core.errors import ConfigError
@@ -125,3 +127,9 @@ def test_a_gpu_is_timed_by_its_own_clock_and_names_peers_that_are_not_there():
     assert group.line(DENSE).samples
     assert all(line.samples or line.note for line in group.lines)
     assert {"ScatterMoE", "MegaBlocks", "SonicMoE"} <= {line.name for line in group.lines}
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_kernels_in_c_take_part_once_compiled_and_are_what_a_user_gets():
+    found = ours_module.ours(draw(TINY, dtype=torch.float32, device=CPU))
+    assert [one.name for one in found if not isinstance(one, Absent) and one.is_default] == ["moesaic native"]

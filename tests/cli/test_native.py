@@ -3,15 +3,15 @@
 import pytest
 
 from moesaic.cli.app import run
-from moesaic.kernels.native import library
+from moesaic.kernels.native import build
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.library.cache_clear()
+    build.compiled.cache_clear()
     yield tmp_path / "moesaic"
-    library.library.cache_clear()
+    build.compiled.cache_clear()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -21,7 +21,7 @@ def test_it_compiles_says_what_for_and_takes_it_away_again(cache, capsys):
     wrote, few, many = capsys.readouterr().out.splitlines()
     assert wrote == f"wrote {made}"
     assert few == "few rows, in generation: float32 and bfloat16"
-    products = library.library().products
+    products = build.compiled().products
     assert many.startswith("many rows: ")
     assert all(str(dtype).removeprefix("torch.") in many for dtype in products)
     assert run(["native", "--remove"]) == 0

@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from moesaic import BackendError, MoELayer
+from moesaic import BackendError, MoELayer, ShapeError
 from moesaic.core.living import Living
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation
@@ -18,7 +18,7 @@ from moesaic.kernels.grouped_ffn import KERNELS, choose
 from moesaic.kernels.grouped_ffn import native as native_kernel
 from moesaic.kernels.grouped_ffn.layout import halves
 from moesaic.kernels.grouped_ffn.native import grouped_ffn_native, native_cannot, native_misfits
-from moesaic.kernels.native import library as native_library
+from moesaic.kernels.native import build as native_build
 from moesaic.routers import TopKRouter
 from tests.kernels import case as cases
 from tests.kernels.case import CPU, Case, E, choices, choices_of_loads, compare, leaves_of
@@ -181,7 +181,7 @@ def test_generation_takes_few_rows_and_training_does_not(compiled, monkeypatch):
         return seen[-1]
 
     spied = {field.name: getattr(compiled, field.name) for field in fields(compiled)} | {"few_rows": spy}
-    monkeypatch.setattr(native_kernel, "library", lambda: native_library.Library(**spied))
+    monkeypatch.setattr(native_kernel, "compiled", lambda: native_build.Compiled(**spied))
     few, many = (Case.of(choices_of_loads(*loads), torch.float32) for loads in ((4, 3, 0, 0, 0), (30, 30, 30, 30, 30)))
     few.run(KERNEL.run, leaves_of(few.inputs))
     assert seen == []
@@ -283,7 +283,7 @@ def test_what_cannot_run_says_why(compiled, monkeypatch):
     )
     assert native_misfits(_turned(stack), stack, stack) == "native needs gate and up in the same order in memory"
     case = Case.of(choices(3), torch.float32)
-    monkeypatch.setattr(native_kernel, "library", lambda: None)
+    monkeypatch.setattr(native_kernel, "compiled", lambda: None)
     with pytest.raises(BackendError) as error:
         case.run(KERNEL.run, leaves_of(case.inputs))
     assert str(error.value) == (
@@ -292,25 +292,53 @@ def test_what_cannot_run_says_why(compiled, monkeypatch):
     )
 
 
+def test_what_c_would_misread_is_refused(compiled):
+    """PyTorch's operations look for themselves; C reads what it is told to."""
+    case = Case.of(choices(3), torch.float32)
+    leaves = leaves_of(case.inputs)
+    plan = case.plan(leaves["weight"])
+    x_TD, gate, up, down = (leaves[name] for name in ("x_TD", "gate_EDF", "up_EDF", "down_EFD"))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            with pytest.raises(ShapeError) as error:
+                grouped_ffn_native(x_TD, plan, gate, up, down.bfloat16(), activation("silu"))
+            assert str(error.value) == (
+                "tokens and weights must be of one dtype and device, got torch.float32 on cpu and "
+                "torch.float32 on cpu, torch.float32 on cpu, torch.bfloat16 on cpu. Convert the tokens, or the experts."
+            )
+            with pytest.raises(ShapeError) as error:
+                grouped_ffn_native(x_TD, plan, gate[:, :, :20], up, down, activation("silu"))
+            assert str(error.value) == (
+                "gate and up must be (experts, width, hidden) and down (experts, hidden, width), got (5, 8, 20), "
+                "(5, 8, 24), (5, 24, 8). Give the three weights of the same experts."
+            )
+            with pytest.raises(ShapeError) as error:
+                grouped_ffn_native(x_TD[:, :7], plan.only(0, 4), gate, up, down, activation("silu"))
+            assert str(error.value) == (
+                "tokens must be 8 wide and the plan for 5 experts, got 7 and 4. Build router and experts of the "
+                "tokens' width, with the same num_experts."
+            )
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A cache of our own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_library.library.cache_clear()
+    native_build.compiled.cache_clear()
     yield tmp_path
-    native_library.library.cache_clear()
+    native_build.compiled.cache_clear()
 
 
 def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):
-    assert native_library.library() is None
-    path = native_library.library_path()
+    assert native_build.compiled() is None
+    path = native_build.compiled_path()
     assert path.parent == elsewhere / "moesaic"
-    built = native_library.build()
+    built = native_build.build()
     assert built.path == path
-    assert native_library.library().path == path
+    assert native_build.compiled().path == path
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     found = subprocess.run(
-        [sys.executable, "-c", "from moesaic.kernels.native.library import library; print(library().path)"],
+        [sys.executable, "-c", "from moesaic.kernels.native.build import compiled; print(compiled().path)"],
         capture_output=True,
         text=True,
         check=True,
@@ -319,21 +347,21 @@ def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):
 
 
 def test_a_library_that_is_damaged_is_named_and_replaced(elsewhere, compiled):
-    path = native_library.library_path()
+    path = native_build.compiled_path()
     path.parent.mkdir()
     path.write_bytes(b"half a libr")
     with pytest.raises(BackendError) as error:
-        native_library.library()
+        native_build.compiled()
     said = str(error.value)
     assert said.startswith(f"{path} must be a library that `moesaic native` has made, and cannot be opened: ")
     assert said.endswith(". Run `moesaic native` to make it anew, or with --remove to do without.")
-    assert native_library.build().products == native_library.library().products == compiled.products
+    assert native_build.build().products == native_build.compiled().products == compiled.products
 
 
 def test_without_a_compiler_it_says_what_to_do_and_writes_nothing(elsewhere, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(BackendError) as error:
-        native_library.build()
+        native_build.build()
     assert str(error.value) == (
         "a C compiler (cc, gcc, clang) must be there to build the native kernels, and none was found. Install gcc or "
         "clang, or go on without: kernel='auto' takes another kernel."
@@ -346,7 +374,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(elsewhere, tm
     broken.write_text("#!/bin/sh\necho the disk is full >&2\nexit 7\n")
     broken.chmod(0o755)
     with pytest.raises(BackendError) as error:
-        native_library.build(str(broken))
+        native_build.build(str(broken))
     assert str(error.value) == (
         f"{broken} must compile the native kernels, but stopped with 7. Try another compiler. It said: the disk is full"
     )
@@ -356,4 +384,4 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(elsewhere, tm
 def test_python_and_c_agree_on_what_a_job_is(compiled):
     dll = ctypes.CDLL(str(compiled.path))
     dll.moesaic_job_bytes.restype = ctypes.c_int64
-    assert dll.moesaic_job_bytes() == ctypes.sizeof(native_library.Job)
+    assert dll.moesaic_job_bytes() == ctypes.sizeof(native_build.Job)

@@ -25,10 +25,10 @@ def _native(
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Delete what was compiled instead.")] = False,
 ) -> None:
-    from moesaic.kernels.native.library import build, library_path
+    from moesaic.kernels.native.build import build, compiled_path
 
     if remove:
-        path = library_path()
+        path = compiled_path()
         typer.echo(f"removed {path}" if path.exists() else f"nothing to remove at {path}")
         path.unlink(missing_ok=True)
         return

@@ -101,7 +101,7 @@ KERNELS = (
     Kernel(
         name="native",
         run=grouped_ffn_native,
-        what="C, few rows as fast as memory gives weights, many with gather and activation within the products",
+        what="C, few rows as fast as memory gives weights, many with all within the products; without AVX512 as torch",
         cannot=native_cannot,
         misfits=native_misfits,
     ),

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from moesaic.core.errors import BackendError
+from moesaic.core.errors import BackendError, ShapeError
 from moesaic.core.living import Living
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.layout import gradients_like
 from moesaic.kernels.grouped_ffn.torch import SMALL_LAYER, grouped_ffn_torch
 from moesaic.kernels.memory import large_empty
-from moesaic.kernels.native.library import Job, Library, Stack, library
+from moesaic.kernels.native.build import Compiled, Job, Stack, compiled
 from moesaic.kernels.side_by_side import share_out
 
 # As in activations.h.
@@ -37,7 +37,7 @@ def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it is C for CPUs"
     if dtype not in (torch.float32, torch.bfloat16):
         return "it takes float32 and bfloat16"
-    if library() is None:
+    if compiled() is None:
         return "it is not compiled on this machine: run `moesaic native`"
     return None
 
@@ -70,22 +70,23 @@ def grouped_ffn_native(
 
     Raises:
         BackendError: if the kernels are not compiled, or cannot take the weights.
+        ShapeError: if tokens, plan and weights do not fit together.
     """
     if torch.compiler.is_compiling() or _are_operations_watched():
         return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
+    kernels = _ready(x_TD, plan, gate_EDF, up_EDF, down_EFD)
     inputs = (x_TD, plan.weight_N, gate_EDF, up_EDF, down_EFD)
-    kernels = _ready(x_TD, gate_EDF, up_EDF, down_EFD)
     has_graph = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
+    if has_graph and x_TD.dtype in kernels.products:
+        y_TD: Tensor = _GroupedFFN.apply(*inputs, plan, activation, kernels)  # type: ignore[no-untyped-call]
+        return y_TD
     if not has_graph:
-        y_TD = _few_rows(kernels, x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
-        if y_TD is not None:
-            return y_TD
-    if x_TD.dtype not in kernels.products:
-        return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
-    if has_graph:
-        result: Tensor = _GroupedFFN.apply(*inputs, plan, activation)  # type: ignore[no-untyped-call]
-        return result
-    return _forward(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation, None, None)
+        work = _Work(kernels, x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
+        if work.few_rows():
+            return work.y_TD
+        if x_TD.dtype in kernels.products:
+            return work.forward(None, None)
+    return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
 
 
 def _are_operations_watched() -> bool:
@@ -95,19 +96,39 @@ def _are_operations_watched() -> bool:
     return any(not isinstance(mode, Living) for mode in _get_current_dispatch_mode_stack())
 
 
-def _ready(x_TD: Tensor, gate_EDF: Tensor | None, up_EDF: Tensor, down_EFD: Tensor) -> Library:
+def _ready(x_TD: Tensor, plan: Plan, gate_EDF: Tensor | None, up_EDF: Tensor, down_EFD: Tensor) -> Compiled:
+    """The kernels; C reads memory as it is told to, so what does not fit is refused here."""
+    kernels = compiled()
     why_not = native_cannot(x_TD.device, x_TD.dtype) or native_misfits(gate_EDF, up_EDF, down_EFD)
-    kernels = library()
     if kernels is None or why_not is not None:
         raise BackendError(f"the kernels in C must be able to run here, but {why_not}. Use kernel='auto'.")
+    num_experts, width, hidden = up_EDF.shape
+    given = [up_EDF, down_EFD] if gate_EDF is None else [gate_EDF, up_EDF, down_EFD]
+    if any(one.dtype != x_TD.dtype or one.device != x_TD.device for one in given):
+        raise ShapeError(
+            f"tokens and weights must be of one dtype and device, got {x_TD.dtype} on {x_TD.device} and "
+            f"{', '.join(f'{one.dtype} on {one.device}' for one in given)}. Convert the tokens, or the experts."
+        )
+    shapes = [tuple(one.shape) for one in given]
+    if shapes != [(num_experts, width, hidden)] * (len(given) - 1) + [(num_experts, hidden, width)]:
+        raise ShapeError(
+            "gate and up must be (experts, width, hidden) and down (experts, hidden, width), got "
+            f"{', '.join(map(str, shapes))}. Give the three weights of the same experts."
+        )
+    if x_TD.shape[1] != width or plan.num_experts != num_experts:
+        raise ShapeError(
+            f"tokens must be {width} wide and the plan for {num_experts} experts, got {x_TD.shape[1]} and "
+            f"{plan.num_experts}. Build router and experts of the tokens' width, with the same num_experts."
+        )
     return kernels
 
 
-class _Held:
-    """A job, and what it points to: memory that must not go while C reads it."""
+class _Work:
+    """One call of C: the job, and what it points to, memory that must not go before."""
 
     def __init__(
         self,
+        kernels: Compiled,
         x_TD: Tensor,
         plan: Plan,
         gate_EDF: Tensor | None,
@@ -115,10 +136,12 @@ class _Held:
         down_EFD: Tensor,
         activation: Activation,
     ) -> None:
-        x_TD = x_TD.detach() if x_TD.stride(1) == 1 else x_TD.detach().contiguous()
-        weight_N = plan.weight_N.detach().to(torch.float32).contiguous()
+        self._kernels = kernels
+        self._held: list[Tensor | None] = [gate_EDF, up_EDF, down_EFD]
+        self._loads = plan.load_E
         num_experts, width, hidden = up_EDF.shape
-        self.tensors = [x_TD, weight_N, plan, gate_EDF, up_EDF, down_EFD]
+        x_TD = x_TD.detach() if x_TD.stride(1) == 1 else x_TD.detach().contiguous()
+        self.y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
         self.job = Job(
             num_experts=num_experts,
             num_tokens=x_TD.shape[0],
@@ -128,22 +151,36 @@ class _Held:
             is_gated=gate_EDF is not None,
             num_threads=torch.get_num_threads(),
             is_bf16=x_TD.dtype == torch.bfloat16,
-            x=x_TD.data_ptr(),
+            x=self.hold(x_TD),
             x_row=x_TD.stride(0),
-            token=plan.token_N.data_ptr(),
-            end=plan.offset_E.data_ptr(),
-            weight=weight_N.data_ptr(),
+            token=self.hold(plan.token_N.to(torch.int64).contiguous()),
+            end=self.hold(plan.offset_E.to(torch.int64).contiguous()),
+            weight=self.hold(plan.weight_N.detach().to(torch.float32).contiguous()),
             gate=Stack.of(gate_EDF),
             up=Stack.of(up_EDF),
             down=Stack.of(down_EFD),
+            y=self.y_TD.data_ptr(),
         )
 
-    def hold(self, tensor: Tensor) -> int:
-        """Its address, for as long as this is held."""
-        self.tensors.append(tensor)
-        return tensor.data_ptr()
+    def hold(self, tensor: Tensor | None) -> int | None:
+        """Its address, for as long as this is there."""
+        self._held.append(tensor)
+        return None if tensor is None else tensor.data_ptr()
 
-    def run(self, kernels: Library, loads: Sequence[int], *, is_forward: bool) -> None:
+    def few_rows(self) -> bool:
+        """Fill the outputs if rows are few."""
+        found = self._kernels.few_rows(ctypes.byref(self.job))
+        if found == _NO_MEMORY:
+            raise MemoryError("generation needs memory for the hidden states of its rows, and there is none left.")
+        return found == _DONE
+
+    def forward(self, gate_NF: Tensor | None, up_NF: Tensor | None) -> Tensor:
+        """Outputs; pre-activations are written to ``gate_NF`` and ``up_NF`` where these are given."""
+        self.job.gate_pre, self.job.up_pre = self.hold(gate_NF), self.hold(up_NF)
+        self.run(self._loads.tolist(), is_forward=True)
+        return self.y_TD
+
+    def run(self, loads: Sequence[int], *, is_forward: bool) -> None:
         """Share the experts out and have them worked on."""
         job = self.job
         if sum(loads) * job.width * job.hidden < SMALL_LAYER:
@@ -152,53 +189,11 @@ class _Held:
         together, apart = share_out([loads[e] for e in live], job.num_threads)
         job.order = self.hold(torch.tensor([live[i] for i in (*together, *apart)], dtype=torch.int64))
         job.num_order, job.num_together = len(live), len(together)
-        pointer = ctypes.byref(job)
-        size = (kernels.scratch_bytes(pointer, is_forward),)
-        job.scratch = self.hold(large_empty(size, torch.uint8, torch.device("cpu")))
-        kernels.grouped(pointer, is_forward)
-
-
-def _few_rows(
-    kernels: Library,
-    x_TD: Tensor,
-    plan: Plan,
-    gate_EDF: Tensor | None,
-    up_EDF: Tensor,
-    down_EFD: Tensor,
-    activation: Activation,
-) -> Tensor | None:
-    """The outputs, or None if rows are not few."""
-    held = _Held(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-    held.job.y = y_TD.data_ptr()
-    found = kernels.few_rows(ctypes.byref(held.job))
-    if found == _NO_MEMORY:
-        raise MemoryError("generation needs memory for the hidden states of its rows, and there is none left.")
-    return y_TD if found == _DONE else None
-
-
-def _forward(
-    x_TD: Tensor,
-    plan: Plan,
-    gate_EDF: Tensor | None,
-    up_EDF: Tensor,
-    down_EFD: Tensor,
-    activation: Activation,
-    gate_NF: Tensor | None,
-    up_NF: Tensor | None,
-) -> Tensor:
-    """Outputs; pre-activations are written to ``gate_NF`` and ``up_NF`` where these are given."""
-    held = _Held(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
-    loads = plan.load_E.tolist()
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-    rows_ND = large_empty((sum(loads), x_TD.shape[1]), x_TD.dtype, x_TD.device)
-    held.job.y, held.job.rows = held.hold(y_TD), held.hold(rows_ND)
-    if up_NF is not None:
-        held.job.up_pre = held.hold(up_NF)
-    if gate_NF is not None:
-        held.job.gate_pre = held.hold(gate_NF)
-    held.run(_ready(x_TD, gate_EDF, up_EDF, down_EFD), loads, is_forward=True)
-    return y_TD
+        cpu, needs_rows = torch.device("cpu"), is_forward or bool(job.wants_x)
+        job.rows = self.hold(large_empty((sum(loads) if needs_rows else 0, job.width), self.y_TD.dtype, cpu))
+        size = (self._kernels.scratch_bytes(ctypes.byref(job), is_forward),)
+        job.scratch = self.hold(large_empty(size, torch.uint8, cpu))
+        self._kernels.grouped(ctypes.byref(job), is_forward)
 
 
 class _GroupedFFN(torch.autograd.Function):
@@ -212,34 +207,30 @@ class _GroupedFFN(torch.autograd.Function):
         down_EFD: Tensor,
         plan: Plan,
         activation: Activation,
+        kernels: Compiled,
     ) -> Tensor:
         shape = (plan.token_N.shape[0], up_EDF.shape[-1])
         up_NF = large_empty(shape, x_TD.dtype, x_TD.device)
         gate_NF = None if gate_EDF is None else large_empty(shape, x_TD.dtype, x_TD.device)
         ctx.save_for_backward(x_TD, weight_N, gate_EDF, up_EDF, down_EFD, gate_NF, up_NF)
-        ctx.plan, ctx.activation = plan, activation
-        return _forward(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation, gate_NF, up_NF)
+        ctx.plan, ctx.activation, ctx.kernels = plan, activation, kernels
+        return _Work(kernels, x_TD, plan, gate_EDF, up_EDF, down_EFD, activation).forward(gate_NF, up_NF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_N, gate_EDF, up_EDF, down_EFD, gate_NF, up_NF = ctx.saved_tensors
-        needs_x, _, needs_gate, needs_up, needs_down, _, _ = ctx.needs_input_grad
-        plan: Plan = ctx.plan
+        needs_x, _, *needs, _, _, _ = ctx.needs_input_grad
         stacks = (gate_EDF, up_EDF, down_EFD)
-        needed = zip(stacks, (needs_gate, needs_up, needs_down), strict=True)
-        gradients = gradients_like([one if needs else None for one, needs in needed])
-        held = _Held(x_TD, plan, *stacks, ctx.activation)
-        job, loads = held.job, plan.load_E.tolist()
+        gradients = gradients_like([one if needed else None for one, needed in zip(stacks, needs, strict=True)])
+        work = _Work(ctx.kernels, x_TD, ctx.plan, *stacks, ctx.activation)
+        job, grad_weight_N = work.job, torch.zeros(weight_N.shape, dtype=torch.float32)
         if grad_y_TD.stride(1) != 1:
             grad_y_TD = grad_y_TD.contiguous()
-        grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_x else None
-        grad_weight_N = torch.zeros(weight_N.shape, dtype=torch.float32)
-        rows_ND = large_empty((sum(loads) if needs_x else 0, x_TD.shape[1]), x_TD.dtype, x_TD.device)
-        job.up_pre, job.gate_pre = up_NF.data_ptr(), None if gate_NF is None else gate_NF.data_ptr()
-        job.grad_y, job.grad_y_row = held.hold(grad_y_TD), grad_y_TD.stride(0)
-        job.grad_weight, job.rows = held.hold(grad_weight_N), held.hold(rows_ND)
+        job.gate_pre, job.up_pre = work.hold(gate_NF), work.hold(up_NF)
+        job.grad_y, job.grad_y_row = work.hold(grad_y_TD), grad_y_TD.stride(0)
+        job.grad_weight, job.wants_x = work.hold(grad_weight_N), needs_x
         job.grad_gate, job.grad_up, job.grad_down = map(Stack.of, gradients)
-        job.wants_x, job.y = needs_x, None if grad_x_TD is None else held.hold(grad_x_TD)
-        held.run(_ready(x_TD, *stacks), loads, is_forward=False)
-        return grad_x_TD, grad_weight_N.to(weight_N.dtype), *gradients, None, None
+        work.run(ctx.plan.load_E.tolist(), is_forward=False)
+        grad_x_TD = work.y_TD if needs_x else None
+        return grad_x_TD, grad_weight_N.to(weight_N.dtype), *gradients, None, None, None

@@ -15,7 +15,7 @@ enum { LANES = 16 };
 
 /* So far ahead of what is multiplied weights are asked for, and for no longer than until they are: whatever else the
  * caches hold stays. On Zen 4 one stream per core comes to nine tenths of what memory gives, two or four rows of a
- * matrix at a time to no more than two thirds. */
+ * matrix at a time to six tenths at most. */
 enum { AHEAD_BYTES = 2048 };
 
 static inline floats load_f32(const float *at) { return *(const floats *)at; }

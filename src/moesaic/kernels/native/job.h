@@ -1,4 +1,4 @@
-/* What Python hands over: sizes, where tensors lie, and which rows are whose. Mirrored field by field in library.py. */
+/* What Python hands over: sizes, where tensors lie, and which rows are whose. Mirrored field by field in build.py. */
 #ifndef MOESAIC_JOB_H
 #define MOESAIC_JOB_H
 

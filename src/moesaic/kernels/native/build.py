@@ -81,7 +81,7 @@ class Job(ctypes.Structure):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Library:
+class Compiled:
     """The compiled kernels.
 
     Attributes:
@@ -99,7 +99,7 @@ class Library:
     grouped: Callable[..., int | None]
 
 
-def library_path() -> Path:
+def compiled_path() -> Path:
     """Where the library of these sources, this processor and this PyTorch is, or would be, kept."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "moesaic" / f"native-{_digest()}.so"
@@ -126,13 +126,13 @@ def _processor() -> str:
 
 
 @cache
-def library() -> Library | None:
+def compiled() -> Compiled | None:
     """The compiled kernels, if somebody has had them compiled on this machine; looked for once in a process.
 
     Raises:
         BackendError: if there is one that cannot be opened.
     """
-    path = library_path()
+    path = compiled_path()
     if not path.exists():
         return None
     try:
@@ -144,7 +144,7 @@ def library() -> Library | None:
         ) from None
 
 
-def build(compiler: str | None = None) -> Library:
+def build(compiler: str | None = None) -> Compiled:
     """Compile the kernels for this machine, in seconds, and keep them for all processes to come.
 
     Args:
@@ -159,7 +159,7 @@ def build(compiler: str | None = None) -> Library:
             f"a C compiler ({wanted}) must be there to build the native kernels, and none was found. Install gcc or "
             "clang, or go on without: kernel='auto' takes another kernel."
         )
-    path = library_path()
+    path = compiled_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "native.so"
@@ -179,11 +179,11 @@ def build(compiler: str | None = None) -> Library:
             )
         _opened(made)
         made.replace(path)
-    library.cache_clear()
+    compiled.cache_clear()
     return _opened(path)
 
 
-def _opened(path: Path) -> Library:
+def _opened(path: Path) -> Compiled:
     dll = ctypes.CDLL(str(path))
     dll.moesaic_job_bytes.restype = ctypes.c_int64
     if dll.moesaic_job_bytes() != ctypes.sizeof(Job):
@@ -196,7 +196,7 @@ def _opened(path: Path) -> Library:
     )
     if products:
         dll.moesaic_scratch_bytes.restype = ctypes.c_int64
-    return Library(
+    return Compiled(
         path=path,
         products=products,
         few_rows=dll.moesaic_few_rows,
