@@ -3,14 +3,15 @@
 import pytest
 
 from moesaic.cli.app import run
+from moesaic.core.files import CACHE
 from moesaic.kernels.native import build
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path / "kept"))
     build.compiled.cache_clear()
-    yield tmp_path / "moesaic"
+    yield tmp_path / "kept"
     build.compiled.cache_clear()
 
 

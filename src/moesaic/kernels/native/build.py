@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.core.errors import BackendError
+from moesaic.core.files import cache_folder
 
 _HERE = Path(__file__).parent
 _SOURCES = ("grouped.c", "few_rows.c")
@@ -101,8 +101,7 @@ class Compiled:
 
 def compiled_path() -> Path:
     """Where the library of these sources, this processor and this PyTorch is, or would be, kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "moesaic" / f"native-{_digest()}.so"
+    return cache_folder() / f"native-{_digest()}.so"
 
 
 @cache

