@@ -13,6 +13,7 @@ import torch
 from moesaic import BackendError, MoELayer, ShapeError
 from moesaic.core.files import CACHE
 from moesaic.core.living import Living
+from moesaic.core.plan import Plan
 from moesaic.experts import GatedExperts
 from moesaic.kernels.activations import activation
 from moesaic.kernels.grouped_ffn import KERNELS, choose
@@ -92,6 +93,27 @@ def test_sizes_that_fill_no_panel_agree_with_plain_loops(dtype, monkeypatch, wid
     monkeypatch.setattr(cases, "D", width)
     monkeypatch.setattr(cases, "F", hidden)
     compare(KERNEL, Case.of(choices_of_loads(*LOADS[2]), dtype, gated=gated))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["inputs-outputs", "outputs-inputs"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("width", "hidden"), [(300, 523), (517, 290), (256, 512)])
+@every_dtype
+@pytest.mark.usefixtures("shared_out")
+def test_a_few_wide_rows_agree_whatever_lines_and_pieces_they_end_in(dtype, width, hidden, rows, turned):
+    """Columns are shared out in pieces, and lines of a cache hold 16 or 32 numbers."""
+    torch.manual_seed(0)
+    x_TD = torch.randn(rows, width).to(dtype)
+    plan = Plan.from_rows(
+        torch.tensor([1] * rows), torch.arange(rows), torch.rand(rows), 3, torch.ones(rows, dtype=torch.bool)
+    )
+    stacks = [torch.randn(3, *shape).div(16).to(dtype) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    given = [_turned(stack) if turned else stack for stack in stacks]
+    with torch.no_grad():
+        y_TD = grouped_ffn_native(x_TD, plan, *given, activation("silu"))
+    wide = [stack[1].double() for stack in stacks]
+    truth_TD = (torch.nn.functional.silu(x_TD.double() @ wide[0]) * (x_TD.double() @ wide[1])) @ wide[2]
+    assert_close(y_TD, truth_TD * plan.weight_N[:, None], "outputs")
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
