@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import cache
 
 import hypothesis
 import pytest
@@ -11,7 +12,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from moesaic.kernels.grouped_ffn import native as native_kernel
 from moesaic.kernels.native import build
 
 hypothesis.settings.register_profile(
@@ -31,7 +31,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch) -> None:
     """What somebody has compiled on this machine changes no test: only those that ask have the kernels in C."""
-    monkeypatch.setattr(native_kernel, "compiled", lambda: None)
+    monkeypatch.setattr(build, "compiled", cache(lambda: None))
 
 
 @pytest.fixture(scope="session")
@@ -50,5 +50,5 @@ def compiled(_compiled_once, _nothing_is_compiled, monkeypatch) -> build.Compile
     """The kernels in C, where a compiler is there."""
     if _compiled_once is None:
         pytest.skip(f"NOT TESTED: needs a C compiler ({', '.join(build.COMPILERS)})")
-    monkeypatch.setattr(native_kernel, "compiled", lambda: _compiled_once)
+    monkeypatch.setattr(build, "compiled", cache(lambda: _compiled_once))
     return _compiled_once

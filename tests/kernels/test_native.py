@@ -29,6 +29,7 @@ from tests.tolerances import assert_close
 
 KERNEL = next(kernel for kernel in KERNELS if kernel.name == "native")
 LOADS = [(0, 1, 7, 63, 16), (63, 0, 0, 0, 0), (17, 15, 1, 0, 33), (40, 40, 40, 40, 40), (130, 5, 97, 12, 13)]
+LOOKED_FOR = native_build.compiled  # before a fixture replaces it
 needs_products = pytest.mark.usefixtures("with_products")
 
 
@@ -204,7 +205,7 @@ def test_generation_takes_few_rows_and_training_does_not(compiled, monkeypatch):
         return seen[-1]
 
     spied = {field.name: getattr(compiled, field.name) for field in fields(compiled)} | {"few_rows": spy}
-    monkeypatch.setattr(native_kernel, "compiled", lambda: native_build.Compiled(**spied))
+    monkeypatch.setattr(native_build, "compiled", lambda: native_build.Compiled(**spied))
     few, many = (Case.of(choices_of_loads(*loads), torch.float32) for loads in ((4, 3, 0, 0, 0), (30, 30, 30, 30, 30)))
     few.run(KERNEL.run, leaves_of(few.inputs))
     assert seen == []
@@ -306,7 +307,7 @@ def test_what_cannot_run_says_why(compiled, monkeypatch):
     )
     assert native_misfits(_turned(stack), stack, stack) == "native needs gate and up in the same order in memory"
     case = Case.of(choices(3), torch.float32)
-    monkeypatch.setattr(native_kernel, "compiled", lambda: None)
+    monkeypatch.setattr(native_build, "compiled", lambda: None)
     with pytest.raises(BackendError) as error:
         case.run(KERNEL.run, leaves_of(case.inputs))
     assert str(error.value) == (
@@ -344,12 +345,13 @@ def test_what_c_would_misread_is_refused(compiled):
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A cache of our own."""
+def elsewhere(tmp_path, monkeypatch, compiled):
+    """A cache of our own, and looking there."""
     monkeypatch.setenv(CACHE, str(tmp_path / "kept"))
-    native_build.compiled.cache_clear()
+    monkeypatch.setattr(native_build, "compiled", LOOKED_FOR)
+    LOOKED_FOR.cache_clear()
     yield tmp_path / "kept"
-    native_build.compiled.cache_clear()
+    LOOKED_FOR.cache_clear()
 
 
 def test_what_is_compiled_is_found_by_processes_to_come(elsewhere, compiled):

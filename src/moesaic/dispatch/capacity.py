@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
+from moesaic.kernels.sort_rows import sort_kept
 
 
 class Capacity(nn.Module):
@@ -82,7 +83,7 @@ class Capacity(nn.Module):
         queue_N = group_N * routing.num_experts + routing.expert_N
         rank_N = rank_within(queue_N, num_groups * routing.num_experts, routing.valid_N, self._priority(routing))
         room_N = self._capacity(routing, group_T, num_groups)[group_N]
-        return Plan.from_kept(routing, routing.valid_N & (rank_N < room_N))
+        return sort_kept(routing, routing.valid_N & (rank_N < room_N))
 
     def _groups(self, routing: Routing) -> tuple[Tensor, int]:
         """The group of each token, from 0, and how many there are."""

@@ -9,6 +9,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing, missing_extra
 from moesaic.dispatch.capacity import check_factors, rank_within
+from moesaic.kernels.sort_rows import sort_kept
 
 
 class DeviceCapacity(nn.Module):
@@ -46,14 +47,14 @@ class DeviceCapacity(nn.Module):
     def forward(self, routing: Routing) -> Plan:
         """Sort the rows that fit by expert; mark the others as dropped."""
         if not self.training:
-            return Plan.from_kept(routing, routing.valid_N)
+            return sort_kept(routing, routing.valid_N)
         stays_N = self._stays(routing)[routing.token_N]
         # Stable sorts, least important key first: rows already stand in token order.
         by_weight_N = torch.argsort(routing.weight_N.detach(), descending=True, stable=True)
         priority_N = by_weight_N[torch.argsort((~stays_N)[by_weight_N].int(), stable=True)]
         device_N = self._devices(routing)[routing.expert_N]
         rank_N = rank_within(device_N, routing.num_experts, routing.valid_N, priority_N)
-        return Plan.from_kept(routing, routing.valid_N & (stays_N | (rank_N < self.capacity(routing))))
+        return sort_kept(routing, routing.valid_N & (stays_N | (rank_N < self.capacity(routing))))
 
     def _devices(self, routing: Routing) -> Tensor:
         if "device_E" not in routing.extras:

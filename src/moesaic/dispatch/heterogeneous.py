@@ -9,6 +9,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing, missing_extra
 from moesaic.dispatch.capacity import check_factors
+from moesaic.kernels.sort_rows import sort_kept
 
 
 class HeterogeneousCapacity(nn.Module):
@@ -58,9 +59,9 @@ class HeterogeneousCapacity(nn.Module):
     def forward(self, routing: Routing) -> Plan:
         """Sort the rows that fit by expert; mark the others as dropped."""
         if not self.training and self.eval_factor is None:
-            return Plan.from_kept(routing, routing.valid_N)
+            return sort_kept(routing, routing.valid_N)
         room_N = self.capacity(routing)[routing.expert_N]
-        return Plan.from_kept(routing, routing.valid_N & (_rank(routing) < room_N))
+        return sort_kept(routing, routing.valid_N & (_rank(routing) < room_N))
 
 
 def _rank(routing: Routing) -> Tensor:

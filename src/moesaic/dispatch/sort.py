@@ -4,6 +4,7 @@ from torch import nn
 
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
+from moesaic.kernels.sort_rows import sort_kept
 
 
 class Sort(nn.Module):
@@ -11,4 +12,4 @@ class Sort(nn.Module):
 
     def forward(self, routing: Routing) -> Plan:
         """Sort the table's valid rows by expert."""
-        return Plan.from_kept(routing, routing.valid_N)
+        return sort_kept(routing, routing.valid_N)

@@ -9,6 +9,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
 from moesaic.dispatch.capacity import rank_within
+from moesaic.kernels.sort_rows import sort_kept
 
 
 class TileRounding(nn.Module):
@@ -45,10 +46,10 @@ class TileRounding(nn.Module):
         """Sort the table's valid rows by expert, in training without those that leave a tile nearly empty."""
         valid_N = routing.valid_N
         if not self.training:
-            return Plan.from_kept(routing, valid_N)
+            return sort_kept(routing, valid_N)
         load_E = routing.load_E
         over_E = load_E % self.tile
         room_E = torch.where(over_E < self.least_filled * self.tile, load_E - over_E, load_E).clamp_min(self.tile)
         heaviest_N = torch.argsort(routing.weight_N.detach(), descending=True, stable=True)
         rank_N = rank_within(routing.expert_N, routing.num_experts, valid_N, heaviest_N)
-        return Plan.from_kept(routing, valid_N & (rank_N < room_E[routing.expert_N]))
+        return sort_kept(routing, valid_N & (rank_N < room_E[routing.expert_N]))

@@ -14,6 +14,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
 from moesaic.hf.uncompiled import uncompiled
+from moesaic.kernels.sort_rows import sort_kept
 from moesaic.layer import MoELayer
 from moesaic.routers.token_choice import TokenChoiceRouter
 
@@ -224,4 +225,4 @@ class EditedDispatch(nn.Module):
         plan: Plan = self.dispatch(routing)
         if not self.edits.dropped:
             return plan
-        return Plan.from_kept(routing, plan.kept_N & ~self.edits.is_dropped(routing.expert_N, routing.num_experts))
+        return sort_kept(routing, plan.kept_N & ~self.edits.is_dropped(routing.expert_N, routing.num_experts))

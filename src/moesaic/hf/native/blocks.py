@@ -15,6 +15,7 @@ from moesaic.hf.native.router import Adopted, Decision, Reporter
 from moesaic.hf.native.work import alone, is_looked_at, show
 from moesaic.hf.scope import current_frame, resumed
 from moesaic.hf.wrapped import is_wrapped
+from moesaic.kernels.sort_rows import sort_rows
 
 
 class DbrxBlock(Reporter):
@@ -244,7 +245,7 @@ def _unsorted(sorted_N: Tensor, order_N: Tensor) -> Tensor:
 
 def _plan(expert_TK: Tensor, weight_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Plan:
     token_N = torch.arange(expert_TK.shape[0], device=expert_TK.device).repeat_interleave(expert_TK.shape[1])
-    return Plan.from_rows(expert_TK.reshape(-1), token_N, weight_TK.reshape(-1), num_experts, kept_TK.reshape(-1))
+    return sort_rows(expert_TK.reshape(-1), token_N, weight_TK.reshape(-1), num_experts, kept_TK.reshape(-1))
 
 
 def _run_modules(

@@ -18,6 +18,7 @@ from moesaic.hf.native.work import alone, show
 from moesaic.hf.uncompiled import uncompiled
 from moesaic.kernels.activations import Activation, gelu, gelu_tanh, relu, relu_squared, silu
 from moesaic.kernels.grouped_ffn.layout import halves
+from moesaic.kernels.sort_rows import sort_rows
 
 IMPLEMENTATION = "moesaic"
 """What transformers' experts interface calls us."""
@@ -109,7 +110,7 @@ def run(
     token_N = torch.arange(num_tokens, device=x_TD.device).repeat_interleave(top_k)
     is_real_N = expert_N < num_experts
     wide_N = weight_TK.reshape(-1).to(torch.promote_types(weight_TK.dtype, torch.float32))
-    plan = Plan.from_rows(expert_N, token_N, wide_N, num_experts, is_real_N)
+    plan = sort_rows(expert_N, token_N, wide_N, num_experts, is_real_N)
 
     def each(rows_ND: Tensor, one_N: Tensor, weight_N: Tensor) -> Tensor:
         return _through(form, experts, rows_ND, alone(one_N, weight_N, num_experts), 1, weigh)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.core.plan import Plan
+from moesaic.kernels.sort_rows import sort_rows
 
 Each = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From rows (N, D), the expert of each (N,) and its weight (N,) to what each expert gives for its row alone (N, D)."""
@@ -63,4 +64,4 @@ def show(experts: nn.Module, x_TD: Tensor, plan: Plan, each: Each, *, weighs_inp
 def alone(expert_N: Tensor, weight_N: Tensor, num_experts: int) -> Plan:
     """The plan of rows that are a token each."""
     row_N = torch.arange(len(expert_N), device=expert_N.device)
-    return Plan.from_rows(expert_N, row_N, weight_N, num_experts, torch.ones_like(row_N, dtype=torch.bool))
+    return sort_rows(expert_N, row_N, weight_N, num_experts, torch.ones_like(row_N, dtype=torch.bool))

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moesaic.core.errors import BackendError, ShapeError
-from moesaic.core.living import Living
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.layout import gradients_like
 from moesaic.kernels.grouped_ffn.torch import SMALL_LAYER, grouped_ffn_torch
 from moesaic.kernels.memory import large_empty
-from moesaic.kernels.native.build import Compiled, Job, Stack, compiled
+from moesaic.kernels.native import build
+from moesaic.kernels.native.build import Compiled, Job, Stack
+from moesaic.kernels.native.calls import NO_MEMORY, are_operations_watched
 from moesaic.kernels.side_by_side import share_out
 
 # As in activations.h.
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
-_DONE, _NO_MEMORY = 0, 2
+_DONE = 0
 
 
 def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -37,7 +37,7 @@ def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it is C for CPUs"
     if dtype not in (torch.float32, torch.bfloat16):
         return "it takes float32 and bfloat16"
-    if compiled() is None:
+    if build.compiled() is None:
         return "it is not compiled on this machine: run `moesaic native`"
     return None
 
@@ -72,7 +72,7 @@ def grouped_ffn_native(
         BackendError: if the kernels are not compiled, or cannot take the weights.
         ShapeError: if tokens, plan and weights do not fit together.
     """
-    if torch.compiler.is_compiling() or _are_operations_watched():
+    if are_operations_watched():
         return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
     kernels = _ready(x_TD, plan, gate_EDF, up_EDF, down_EFD)
     inputs = (x_TD, plan.weight_N, gate_EDF, up_EDF, down_EFD)
@@ -89,16 +89,9 @@ def grouped_ffn_native(
     return grouped_ffn_torch(x_TD, plan, gate_EDF, up_EDF, down_EFD, activation)
 
 
-def _are_operations_watched() -> bool:
-    """Whether somebody counts or traces operations, and would see none of ours. What is alive, ours show as all do."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return False
-    return any(not isinstance(mode, Living) for mode in _get_current_dispatch_mode_stack())
-
-
 def _ready(x_TD: Tensor, plan: Plan, gate_EDF: Tensor | None, up_EDF: Tensor, down_EFD: Tensor) -> Compiled:
     """The kernels; C reads memory as it is told to, so what does not fit is refused here."""
-    kernels = compiled()
+    kernels = build.compiled()
     why_not = native_cannot(x_TD.device, x_TD.dtype) or native_misfits(gate_EDF, up_EDF, down_EFD)
     if kernels is None or why_not is not None:
         raise BackendError(f"the kernels in C must be able to run here, but {why_not}. Use kernel='auto'.")
@@ -170,7 +163,7 @@ class _Work:
     def few_rows(self) -> bool:
         """Fill the outputs if rows are few."""
         found = self._kernels.few_rows(ctypes.byref(self.job))
-        if found == _NO_MEMORY:
+        if found == NO_MEMORY:
             raise MemoryError("generation needs memory for the hidden states of its rows, and there is none left.")
         return found == _DONE
 

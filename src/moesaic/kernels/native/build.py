@@ -20,7 +20,7 @@ from moesaic.core.errors import BackendError
 from moesaic.core.files import cache_folder
 
 _HERE = Path(__file__).parent
-_SOURCES = ("grouped.c", "few_rows.c")
+_SOURCES = ("grouped.c", "few_rows.c", "table.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -90,6 +90,8 @@ class Compiled:
         few_rows: see few_rows.c.
         scratch_bytes: see grouped.c.
         grouped: see grouped.c; gives nothing.
+        top_k: see table.c.
+        sort_rows: see table.c.
     """
 
     path: Path
@@ -97,6 +99,8 @@ class Compiled:
     few_rows: Callable[..., int]
     scratch_bytes: Callable[..., int]
     grouped: Callable[..., int | None]
+    top_k: Callable[..., int]
+    sort_rows: Callable[..., int]
 
 
 def compiled_path() -> Path:
@@ -195,12 +199,17 @@ def _opened(path: Path) -> Compiled:
     )
     if products:
         dll.moesaic_scratch_bytes.restype = ctypes.c_int64
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    dll.moesaic_top_k.argtypes = (address, size, size, size, size, address, ctypes.c_int32)
+    dll.moesaic_sort_rows.argtypes = (size, size, *(address,) * 7)
     return Compiled(
         path=path,
         products=products,
         few_rows=dll.moesaic_few_rows,
         scratch_bytes=dll.moesaic_scratch_bytes if products else _none,
         grouped=dll.moesaic_grouped if products else _none,
+        top_k=dll.moesaic_top_k,
+        sort_rows=dll.moesaic_sort_rows,
     )
 
 
