@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from moesaic.core.files import CACHE, cache_folder
 from moesaic.kernels.native import build
 
 hypothesis.settings.register_profile(
@@ -23,15 +26,26 @@ hypothesis.settings.load_profile("moesaic")
 torch.set_num_threads(1)
 
 
+def _cache_without_compiled_kernels() -> tempfile.TemporaryDirectory[str]:
+    """A cache of what is fetched alone: kernels that somebody has compiled on this machine change no test.
+
+    Processes that tests start, and workers among which they are shared out, find it too.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="moesaic-tests-")
+    for kept in cache_folder().glob("*"):
+        if not kept.name.startswith("native-"):
+            (Path(folder.name) / kept.name).symlink_to(kept)
+    os.environ[CACHE] = folder.name
+    return folder
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = _cache_without_compiled_kernels()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_compiled(monkeypatch) -> None:
-    """What somebody has compiled on this machine changes no test: only those that ask have the kernels in C."""
-    monkeypatch.setattr(build, "compiled", cache(lambda: None))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +60,7 @@ def _compiled_once(tmp_path_factory) -> build.Compiled | None:
 
 
 @pytest.fixture
-def compiled(_compiled_once, _nothing_is_compiled, monkeypatch) -> build.Compiled:
+def compiled(_compiled_once, monkeypatch) -> build.Compiled:
     """The kernels in C, where a compiler is there."""
     if _compiled_once is None:
         pytest.skip(f"NOT TESTED: needs a C compiler ({', '.join(build.COMPILERS)})")

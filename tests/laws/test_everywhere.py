@@ -71,7 +71,8 @@ def test_building_and_running_a_layer_leaves_no_trace_in_the_package(setting):
     y_TD, routing = layer(tokens(20))
     (y_TD.sum() + setting.aux_loss(routing)).backward()
     layer.eval()(tokens(5))
-    assert {name: _containers()[name] for name in before} == before
+    after = _containers()
+    assert {name: after[name] for name in before} == before
 
 
 def _parametrize_names(decorator: ast.expr) -> list[str]:
