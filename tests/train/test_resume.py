@@ -288,7 +288,7 @@ def test_checkpoints_hold_no_pickle(tiny):
 
 @pytest.mark.slow
 def test_the_printed_command_is_enough_to_go_on_from_another_folder(tiny, tmp_path):
-    config = tiny(steps=400, save_every=400, eval_every=400)
+    config = tiny(steps=120, save_every=120, eval_every=120)
     out = tmp_path / "stopped"
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in config.settings().items() if _is_plain(value)]
     command = [sys.executable, "-m", "moesaic", "train", "--no-report", "--out", str(out), *arguments]
@@ -303,7 +303,7 @@ def test_the_printed_command_is_enough_to_go_on_from_another_folder(tiny, tmp_pa
     done = subprocess.run([sys.executable, "-m", *command, "--no-report"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     train(config)
-    assert_equal_runs(config.out, out, 400)
+    assert_equal_runs(config.out, out, 120)
 
 
 def _is_plain(value):
