@@ -98,7 +98,7 @@ def test_sizes_that_fill_no_panel_agree_with_plain_loops(dtype, monkeypatch, wid
 
 @pytest.mark.parametrize("turned", [False, True], ids=["inputs-outputs", "outputs-inputs"])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("width", "hidden"), [(300, 523), (517, 290), (256, 512)])
+@pytest.mark.parametrize(("width", "hidden"), [(300, 523), (517, 290), (512, 1024)])
 @every_dtype
 @pytest.mark.usefixtures("shared_out")
 def test_a_few_wide_rows_agree_whatever_lines_and_pieces_they_end_in(dtype, width, hidden, rows, turned):

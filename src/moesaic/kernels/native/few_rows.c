@@ -20,17 +20,20 @@ struct task {
     int64_t expert, first, num_rows;
 };
 
-/* Of one thread: its rows of x, as floats; room for rows in the order of lines; up projections; activations. */
-struct scratch {
-    float *x;
-    int64_t x_row;
-    float *lines, *up, *act;
-};
-
 static int64_t whole_lines(int64_t num_floats) { return (num_floats + LANES - 1) / LANES * LANES; }
 
-/* Where a piece of n columns starts, at a whole line of either type. */
-static int64_t piece(int64_t n, int64_t part, int64_t split) { return part == split ? n : n * part / split / 32 * 32; }
+/* Matrices are read in parts, which threads share out. Each is large enough that starting to read it costs little, and
+ * there are few enough that adding up what they give does. */
+enum { PART_BYTES = 256 * 1024, MOST_PARTS = 16, COLUMNS = 64 };
+static int64_t num_parts(int64_t num_bytes) {
+    const int64_t parts = num_bytes / PART_BYTES;
+    return parts < 1 ? 1 : parts > MOST_PARTS ? MOST_PARTS : parts;
+}
+
+/* Where a part of n columns starts, at a whole line of cache. */
+static int64_t piece(int64_t n, int64_t part, int64_t parts) {
+    return part == parts ? n : n * part / parts / LANES * LANES;
+}
 
 static inline floats load_f32(const float *at) { return *(const floats *)at; }
 static inline void widen_f32(const float *line, floats *parts) { parts[0] = load_f32(line); }
