@@ -97,23 +97,31 @@ def test_sizes_that_fill_no_panel_agree_with_plain_loops(dtype, monkeypatch, wid
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["inputs-outputs", "outputs-inputs"])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("width", "hidden"), [(300, 523), (517, 290), (512, 1024)])
+@pytest.mark.parametrize(
+    ("width", "hidden", "loads"),
+    [(300, 523, (0, 1, 0)), (517, 290, (0, 3, 1)), (512, 1024, (2, 0)), (512, 1024, (4,) * 12)],
+    ids=str,
+)
 @every_dtype
 @pytest.mark.usefixtures("shared_out")
-def test_a_few_wide_rows_agree_whatever_lines_and_pieces_they_end_in(dtype, width, hidden, rows, turned):
-    """Columns are shared out in pieces, and lines of a cache hold 16 or 32 numbers."""
+def test_a_few_wide_rows_agree_whatever_lines_and_parts_they_end_in(dtype, width, hidden, loads, turned):
+    """Large matrices are shared out in parts, fewer where rows are more; a line of a cache holds 16 or 32 numbers."""
     torch.manual_seed(0)
-    x_TD = torch.randn(rows, width).to(dtype)
-    plan = Plan.from_rows(
-        torch.tensor([1] * rows), torch.arange(rows), torch.rand(rows), 3, torch.ones(rows, dtype=torch.bool)
-    )
-    stacks = [torch.randn(3, *shape).div(16).to(dtype) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    num_rows, num_experts = sum(loads), len(loads)
+    x_TD = torch.randn(num_rows, width).to(dtype)
+    expert_N = torch.arange(num_experts).repeat_interleave(torch.tensor(loads))
+    every_N = torch.ones(num_rows, dtype=torch.bool)
+    plan = Plan.from_rows(expert_N, torch.arange(num_rows), torch.rand(num_rows), num_experts, every_N)
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    stacks = [torch.randn(num_experts, *shape).div_(16).to(dtype) for shape in shapes]
     given = [_turned(stack) if turned else stack for stack in stacks]
     with torch.no_grad():
         y_TD = grouped_ffn_native(x_TD, plan, *given, activation("silu"))
-    wide = [stack[1].double() for stack in stacks]
-    truth_TD = (torch.nn.functional.silu(x_TD.double() @ wide[0]) * (x_TD.double() @ wide[1])) @ wide[2]
+    truth_TD = torch.empty(num_rows, width, dtype=torch.float64)
+    for expert in expert_N.unique().tolist():
+        gate_DF, up_DF, down_FD = (stack[expert].double() for stack in stacks)
+        rows_MD = x_TD[expert_N == expert].double()
+        truth_TD[expert_N == expert] = (torch.nn.functional.silu(rows_MD @ gate_DF) * (rows_MD @ up_DF)) @ down_FD
     assert_close(y_TD, truth_TD * plan.weight_N[:, None], "outputs")
 
 

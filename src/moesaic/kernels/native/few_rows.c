@@ -3,8 +3,8 @@
  * A row of x times a matrix whose rows lie side by side is a weighted sum of those rows; where its columns do, it is a
  * product of vectors for each. Both go through memory line by line, which processors foresee: on Zen 4 that comes to
  * nine tenths of what memory gives. Two or more rows of a matrix at a time, which take fewer instructions, come to six
- * tenths, and so does asking for what lies ahead once memory is fast. Sums begin where a line of cache does: kept across
- * two lines each, they take twice the time. */
+ * tenths, and so does asking for what lies ahead once memory is fast. Sums begin where a line of cache does: kept
+ * across two lines each, they take twice the time. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,11 +23,14 @@ struct task {
 static int64_t whole_lines(int64_t num_floats) { return (num_floats + LANES - 1) / LANES * LANES; }
 
 /* Matrices are read in parts, which threads share out. Each is large enough that starting to read it costs little, and
- * there are few enough that adding up what they give does. */
-enum { PART_BYTES = 256 * 1024, MOST_PARTS = 16, COLUMNS = 64 };
-static int64_t num_parts(int64_t num_bytes) {
-    const int64_t parts = num_bytes / PART_BYTES;
-    return parts < 1 ? 1 : parts > MOST_PARTS ? MOST_PARTS : parts;
+ * there are few enough that adding up what they give does; of many rows, fewer, so that their sums take little memory.
+ * How many there are depends on nothing else: sums are the same on any number of threads. */
+enum { PART_BYTES = 256 * 1024, MOST_PARTS = 16, MOST_SUMS = 256, COLUMNS = 64 };
+static int64_t num_parts(int64_t num_bytes, int64_t num_rows) {
+    int64_t parts = num_bytes / PART_BYTES;
+    if (parts > MOST_PARTS) parts = MOST_PARTS;
+    if (parts * num_rows > MOST_SUMS) parts = MOST_SUMS / num_rows;
+    return parts < 1 ? 1 : parts;
 }
 
 /* Where a part of n columns starts, at a whole line of cache. */

@@ -1,4 +1,4 @@
-/* What routers and dispatch do with the table of rows: choose the best experts of each token, and sort rows by expert. */
+/* What routers and dispatch do with the table of rows: choose the best experts of each token, sort rows by expert. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
