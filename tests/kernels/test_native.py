@@ -125,6 +125,26 @@ def test_a_few_wide_rows_agree_whatever_lines_and_parts_they_end_in(dtype, width
     assert_close(y_TD, truth_TD * plan.weight_N[:, None], "outputs")
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["inputs-outputs", "outputs-inputs"])
+@every_dtype
+@pytest.mark.usefixtures("compiled")
+def test_a_few_rows_give_the_same_bits_on_any_number_of_threads(dtype, turned):
+    x_TD = torch.randn(3, 512).to(dtype)
+    plan = Plan.from_rows(torch.tensor([1, 0, 1]), torch.arange(3), torch.rand(3), 2, torch.ones(3, dtype=torch.bool))
+    stacks = [torch.randn(2, *shape).to(dtype) for shape in ((512, 1024), (512, 1024), (1024, 512))]
+    given = [_turned(stack) if turned else stack for stack in stacks]
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, 2):
+            torch.set_num_threads(num_threads)
+            with torch.no_grad():
+                found.append(grouped_ffn_native(x_TD, plan, *given, activation("silu")))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].isfinite().all()
+    assert all(torch.equal(found[0], one) for one in found[1:])
+
+
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @every_dtype

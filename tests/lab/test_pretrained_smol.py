@@ -12,12 +12,12 @@ import torch
 
 import moesaic as mz
 from moesaic.core.errors import BackendError, CheckpointError, DataError
-from moesaic.core.files import CACHE, cache_folder
+from moesaic.core.files import CACHE
 from moesaic.lab.pretrained import smol
 
 real_weights = pytest.mark.skipif(
     not smol.is_here(),
-    reason=f"needs SmolLM2-135M in {cache_folder()}; moesaic.lab.pretrained.smollm2() fetches it",
+    reason="needs SmolLM2-135M; moesaic.lab.pretrained.smollm2() fetches it",
 )
 
 

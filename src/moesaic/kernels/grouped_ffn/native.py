@@ -23,12 +23,11 @@ from moesaic.kernels.grouped_ffn.torch import SMALL_LAYER, grouped_ffn_torch
 from moesaic.kernels.memory import large_empty
 from moesaic.kernels.native import build
 from moesaic.kernels.native.build import Compiled, Job, Stack
-from moesaic.kernels.native.calls import NO_MEMORY, are_operations_watched
+from moesaic.kernels.native.calls import DONE, NO_MEMORY, are_operations_watched
 from moesaic.kernels.side_by_side import share_out
 
 # As in activations.h.
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
-_DONE = 0
 
 
 def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -165,7 +164,7 @@ class _Work:
         found = self._kernels.few_rows(ctypes.byref(self.job))
         if found == NO_MEMORY:
             raise MemoryError("generation needs memory for the hidden states of its rows, and there is none left.")
-        return found == _DONE
+        return found == DONE
 
     def forward(self, gate_NF: Tensor | None, up_NF: Tensor | None) -> Tensor:
         """Outputs; pre-activations are written to ``gate_NF`` and ``up_NF`` where these are given."""

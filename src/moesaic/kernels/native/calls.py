@@ -12,7 +12,8 @@ from moesaic.kernels.native import build
 MOST_CHOICES = 64
 """Among more the best are found faster by sorting all."""
 
-_DONE, NO_MEMORY = 0, 2
+DONE, NO_MEMORY = 0, 2
+"""What C answers."""
 
 
 def callable_on(*tensors: Tensor) -> build.Compiled | None:
@@ -64,7 +65,7 @@ def top_k(score_TE: Tensor, num_best: int) -> Tensor | None:
         expert_TK.data_ptr(),
         torch.get_num_threads(),
     )
-    return expert_TK if done == _DONE else None
+    return expert_TK if done == DONE else None
 
 
 def sort_rows(
@@ -97,4 +98,4 @@ def sort_rows(
         load_E.data_ptr(),
         offset_E.data_ptr(),
     )
-    return (row_N, place_token_N, load_E, offset_E) if done == _DONE else None
+    return (row_N, place_token_N, load_E, offset_E) if done == DONE else None
