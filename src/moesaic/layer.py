@@ -15,7 +15,10 @@ from moesaic.core.exact import ExactBuffers
 from moesaic.core.plan import Plan
 from moesaic.core.routing import Routing
 from moesaic.dispatch import Sort
+from moesaic.experts import GatedExperts, MLPExperts
 from moesaic.experts.grouped import kernel_report
+from moesaic.kernels.whole_layer import is_bare, whole_layer
+from moesaic.routers import TopKRouter
 
 
 class Router(Protocol):
@@ -113,17 +116,40 @@ class MoELayer(ExactBuffers):
             The outputs, and the table with ``kept_N`` telling which rows were dropped.
         """
         context.check(x_TD.shape[0])
-        routing: Routing = self.router(x_TD, valid_T, context)  # who goes where
-        if routing.sequence_T is not context.sequence_T:
-            routing = replace(routing, sequence_T=context.sequence_T)
-        plan: Plan = self.dispatch(routing)  # in which order, and what is dropped
-        y_TD: Tensor = self.experts(x_TD, plan)  # gather, work, weigh, add
+        y_TD, routing = self._in_one_call(x_TD, valid_T, context) or self._in_steps(x_TD, valid_T, context)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + shared_TD if self.mix is None else self.mix(x_TD, y_TD, shared_TD)
         if self.after is not None:
             y_TD = y_TD + self.after(x_TD + y_TD)
+        return y_TD, routing
+
+    def _in_steps(self, x_TD: Tensor, valid_T: Tensor | None, context: Context) -> tuple[Tensor, Routing]:
+        routing: Routing = self.router(x_TD, valid_T, context)  # who goes where
+        if routing.sequence_T is not context.sequence_T:
+            routing = replace(routing, sequence_T=context.sequence_T)
+        plan: Plan = self.dispatch(routing)  # in which order, and what is dropped
+        y_TD: Tensor = self.experts(x_TD, plan)  # gather, work, weigh, add
         return y_TD, replace(routing, kept_N=plan.kept_N, extras=self._stamped(routing))
+
+    def _in_one_call(self, x_TD: Tensor, valid_T: Tensor | None, context: Context) -> tuple[Tensor, Routing] | None:
+        """The same steps for the few tokens of generation, if C is compiled and knows all three parts."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if context.choice_TK is not None or self.coefficient is not None:
+            return None
+        router, dispatch, experts = self.router, self.dispatch, self.experts
+        # Classes derived from these may do anything else, and hooks want to see the parts called.
+        if type(router) is not TopKRouter or type(dispatch) is not Sort:
+            return None
+        if type(experts) is not GatedExperts and type(experts) is not MLPExperts:
+            return None
+        if not is_bare(router, dispatch, experts):
+            return None
+        choice, stacks = router.plain_choice(), experts.plain_stacks()
+        if choice is None or stacks is None:
+            return None
+        return whole_layer(x_TD, valid_T, context.sequence_T, choice, stacks)
 
     def _stamped(self, routing: Routing) -> Mapping[str, Tensor]:
         if self.coefficient is None:

@@ -151,7 +151,11 @@ def _entrants(
     """Who passes the test of the first visit, over all visits."""
 
     def build(one: Draw, own: Weights | None = None) -> list[Entrant]:
-        found = [*ours(one), with_router(one), *transformers_blocks(one, training=False, weights=own)]
+        found = [
+            *ours(one, training=False),
+            with_router(one, training=False),
+            *transformers_blocks(one, training=False, weights=own),
+        ]
         # Without the limit: it has weights of its own.
         return [entrant for entrant in wanted(found, plan.only) if entrant.name != DENSE]
 

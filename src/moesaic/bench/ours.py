@@ -35,8 +35,8 @@ class HandedRouter(nn.Module):
         return self._draw.routing
 
 
-def ours(draw: Draw) -> list[Entrant]:
-    """Our layer with each kernel."""
+def ours(draw: Draw, *, training: bool = True) -> list[Entrant]:
+    """Our layer with each kernel, in training or in evaluation."""
     stacks = (draw.experts.gate_EDF, draw.experts.up_EDF, draw.experts.down_EFD)
     chosen = choose("auto", draw.device, draw.dtype, stacks).kernel
     found: list[Entrant] = []
@@ -49,15 +49,15 @@ def ours(draw: Draw) -> list[Entrant]:
             found.append(Absent(name=name, why=why_not))
         else:
             layer = MoELayer(HandedRouter(draw), with_kernel(draw.experts, kernel), shared=draw.shared)
-            found.append(_contender(name, draw, layer, is_default=kernel is chosen))
+            found.append(_contender(name, draw, layer, is_default=kernel is chosen, training=training))
     return found
 
 
-def with_router(draw: Draw) -> Contender:
+def with_router(draw: Draw, *, training: bool = True) -> Contender:
     """Our layer with a router of its own that makes the draw's choices: what a user runs."""
     router = router_of(draw)
     layer = MoELayer(router, draw.experts, shared=draw.shared)
-    return _contender(WITH_ROUTER, draw, layer, compared=False, is_default=True)
+    return _contender(WITH_ROUTER, draw, layer, compared=False, is_default=True, training=training)
 
 
 def router_of(draw: Draw) -> TopKRouter:
@@ -114,8 +114,10 @@ def shared_gradients(draw: Draw) -> dict[str, Tensor | None]:
     return {f"shared.{name}": parameter.grad for name, parameter in draw.shared.named_parameters()}
 
 
-def _contender(name: str, draw: Draw, layer: MoELayer, *, compared: bool = True, is_default: bool = False) -> Contender:
-    layer.train()
+def _contender(
+    name: str, draw: Draw, layer: MoELayer, *, compared: bool = True, is_default: bool = False, training: bool = True
+) -> Contender:
+    layer.train(training)
 
     def gradients() -> Mapping[str, Tensor | None]:
         experts = {key: parameter.grad for key, parameter in draw.experts.named_parameters()}

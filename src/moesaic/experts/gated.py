@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init, normal
 from moesaic.core.plan import Plan
-from moesaic.experts.grouped import run_grouped
+from moesaic.experts.grouped import may_be_native, run_grouped
 from moesaic.kernels.activations import Activation, silu
 from moesaic.kernels.grouped_ffn import Kernel, require_known
+from moesaic.kernels.whole_layer import ExpertStacks
 
 
 class GatedExperts(nn.Module):
@@ -68,6 +69,12 @@ class GatedExperts(nn.Module):
     def num_experts(self) -> int:
         """How many experts there are."""
         return self.up_EDF.shape[0]
+
+    def plain_stacks(self) -> ExpertStacks | None:
+        """What C is told to work as these experts do; None if that is more than C can do."""
+        if self.weigh != "output" or not may_be_native(self.kernel):
+            return None
+        return ExpertStacks(self.gate_EDF, self.up_EDF, self.down_EFD, self.activation)
 
     def forward(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Run each expert over its rows; weigh and add what they return."""

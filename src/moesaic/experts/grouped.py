@@ -13,7 +13,7 @@ from moesaic.core.autocast import without_autocast
 from moesaic.core.errors import ShapeError
 from moesaic.core.plan import Plan
 from moesaic.kernels.activations import Activation
-from moesaic.kernels.grouped_ffn import Choice, Kernel, Stacks, choose
+from moesaic.kernels.grouped_ffn import Choice, Kernel, Stacks, choose, grouped_ffn_native
 from moesaic.kernels.grouped_ffn.by_token import add_up, live
 
 
@@ -28,6 +28,11 @@ def pick(kernel: Kernel | str, weight: Tensor, stacks: Stacks | None = None) -> 
     if isinstance(kernel, Kernel):
         return Choice(kernel=kernel, reason="handed in")
     return choose(kernel, weight.device, weight.dtype, stacks)
+
+
+def may_be_native(kernel: Kernel | str) -> bool:
+    """Whether a setting lets C run, where it is compiled."""
+    return kernel in ("auto", "native") if isinstance(kernel, str) else kernel.run is grouped_ffn_native
 
 
 def kernel_report(experts: nn.Module) -> str:

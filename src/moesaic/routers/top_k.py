@@ -11,9 +11,10 @@ from moesaic.core.context import NO_CONTEXT, Context
 from moesaic.core.errors import ConfigError
 from moesaic.core.init import Init
 from moesaic.core.routing import Routing
+from moesaic.kernels.whole_layer import TopKChoice
 from moesaic.routers import sparse_gradient
 from moesaic.routers.groups import GroupLimit
-from moesaic.routers.scores import Score, softmax
+from moesaic.routers.scores import Score, sigmoid, softmax
 from moesaic.routers.select import select_top_k
 from moesaic.routers.token_choice import TokenChoiceRouter, check_top_k
 
@@ -115,6 +116,20 @@ class TopKRouter(TokenChoiceRouter):
         if self.bias_E is not None:
             by_TE = by_TE + self.bias_E.to(by_TE.dtype)
         return select_top_k(self.groups.mask(by_TE), self.top_k)
+
+    def plain_choice(self) -> TopKChoice | None:
+        """What C is told to choose as this router does; None if that is more than C can do."""
+        if self.groups is not None or self.score not in (softmax, sigmoid) or (self.jitter > 0 and self.training):
+            return None
+        return TopKChoice(
+            self.weight,
+            self.logit_bias_E,
+            self.bias_E,
+            "softmax" if self.score == softmax else "sigmoid",
+            "logits" if self._weighs_chosen_logits else self.normalize,
+            self.top_k,
+            self.scale,
+        )
 
     @property
     def _weighs_chosen_logits(self) -> bool:

@@ -26,8 +26,8 @@ from moesaic.kernels.native.build import Compiled, Job, Stack
 from moesaic.kernels.native.calls import DONE, NO_MEMORY, are_operations_watched
 from moesaic.kernels.side_by_side import share_out
 
-# As in activations.h.
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
+"""As in activations.h."""
 
 
 def native_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -139,7 +139,7 @@ class _Work:
             num_tokens=x_TD.shape[0],
             width=width,
             hidden=hidden,
-            activation=_ACTIVATIONS[activation.name],
+            activation=ACTIVATIONS[activation.name],
             is_gated=gate_EDF is not None,
             num_threads=torch.get_num_threads(),
             is_bf16=x_TD.dtype == torch.bfloat16,

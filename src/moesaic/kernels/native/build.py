@@ -20,7 +20,7 @@ from moesaic.core.errors import BackendError
 from moesaic.core.files import cache_folder
 
 _HERE = Path(__file__).parent
-_SOURCES = ("grouped.c", "few_rows.c", "table.c")
+_SOURCES = ("grouped.c", "few_rows.c", "table.c", "whole_layer.c")
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -80,6 +80,30 @@ class Job(ctypes.Structure):
     )
 
 
+class Chooser(ctypes.Structure):
+    """``struct chooser`` of whole_layer.c, field by field."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("weight_row", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("logit_bias", ctypes.c_void_p),
+        ("selection_bias", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("is_bf16", ctypes.c_int32),
+        ("score", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
+        ("valid", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("weight_of", ctypes.c_void_p),
+        ("expert", ctypes.c_void_p),
+        ("token", ctypes.c_void_p),
+        ("choice", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiled:
     """The compiled kernels.
@@ -92,6 +116,7 @@ class Compiled:
         grouped: see grouped.c; gives nothing.
         top_k: see table.c.
         sort_rows: see table.c.
+        whole_layer: see whole_layer.c.
     """
 
     path: Path
@@ -101,6 +126,7 @@ class Compiled:
     grouped: Callable[..., int | None]
     top_k: Callable[..., int]
     sort_rows: Callable[..., int]
+    whole_layer: Callable[..., int]
 
 
 def compiled_path() -> Path:
@@ -188,12 +214,13 @@ def build(compiler: str | None = None) -> Compiled:
 
 def _opened(path: Path) -> Compiled:
     dll = ctypes.CDLL(str(path))
-    dll.moesaic_job_bytes.restype = ctypes.c_int64
-    if dll.moesaic_job_bytes() != ctypes.sizeof(Job):
-        raise BackendError(
-            f"{path} must take jobs of {ctypes.sizeof(Job)} bytes and takes {dll.moesaic_job_bytes()}. Delete it and "
-            "build it again."
-        )
+    for structure, size_in_c in ((Job, dll.moesaic_job_bytes), (Chooser, dll.moesaic_chooser_bytes)):
+        size_in_c.restype = ctypes.c_int64
+        if size_in_c() != ctypes.sizeof(structure):
+            raise BackendError(
+                f"{path} must take {structure.__name__} of {ctypes.sizeof(structure)} bytes and takes {size_in_c()}. "
+                "Delete it and build it again."
+            )
     products = tuple(
         dtype for dtype in (torch.float32, torch.bfloat16) if dll.moesaic_has_products(int(dtype == torch.bfloat16))
     )
@@ -210,6 +237,7 @@ def _opened(path: Path) -> Compiled:
         grouped=dll.moesaic_grouped if products else _none,
         top_k=dll.moesaic_top_k,
         sort_rows=dll.moesaic_sort_rows,
+        whole_layer=dll.moesaic_whole_layer,
     )
 
 

@@ -27,8 +27,10 @@ def callable_on(*tensors: Tensor) -> build.Compiled | None:
     kernels = build.compiled()
     if kernels is None:
         return None
-    plain = all(tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    return kernels if plain else None
+    for tensor in tensors:
+        if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+            return None
+    return kernels
 
 
 def are_operations_watched() -> bool:

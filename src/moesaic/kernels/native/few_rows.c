@@ -6,21 +6,14 @@
  * nine tenths, and asking for what lies ahead costs up to two fifths once memory is fast. Sums begin where a line of
  * cache does: kept across two lines each, they take 1.6 times as long. */
 #include <stdlib.h>
-#include <string.h>
 
-#include "activations.h"
 #include "job.h"
-
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(64), aligned(2), may_alias));
-enum { LANES = 16, LINE_BYTES = 64 };
+#include "lines.h"
 
 /* The rows of one expert. */
 struct task {
     int64_t expert, first, num_rows;
 };
-
-static int64_t whole_lines(int64_t num_floats) { return (num_floats + LANES - 1) / LANES * LANES; }
 
 /* Matrices are read in parts, which threads share out. Each is large enough that starting to read it costs little, and
  * there are few enough that adding up what they give does; of many rows, fewer, so that their sums take little memory.
@@ -33,20 +26,14 @@ static int64_t num_parts(int64_t num_bytes, int64_t num_rows) {
     return parts < 1 ? 1 : parts;
 }
 
+/* Rows of a matrix that stay in the first cache from one row of x to the next. */
+enum { AT_ONCE = 32 };
+
 /* Where a part of n columns starts, at a whole line of cache. */
 static int64_t piece(int64_t n, int64_t part, int64_t parts) {
     return part == parts ? n : n * part / parts / LANES * LANES;
 }
 
-static inline floats load_f32(const float *at) { return *(const floats *)at; }
-static inline void widen_f32(const float *line, floats *parts) { parts[0] = load_f32(line); }
-static inline void widen_bf16(const bf16 *line, floats *parts) {
-    const words both = *(const words *)line;
-    parts[0] = (floats)(both << 16);
-    parts[1] = (floats)(both & 0xffff0000u);
-}
-static inline float one_f32(float value) { return value; }
-static inline float one_bf16(bf16 value) { return from_bits((uint32_t)value << 16); }
 static inline float round_f32(float value) { return value; }
 static inline bf16 round_bf16(float value) {
     const uint32_t bits = to_bits(value);
