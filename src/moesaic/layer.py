@@ -17,7 +17,7 @@ from moesaic.core.routing import Routing
 from moesaic.dispatch import Sort
 from moesaic.experts import GatedExperts, MLPExperts
 from moesaic.experts.grouped import kernel_report
-from moesaic.kernels.whole_layer import is_bare, whole_layer
+from moesaic.kernels.whole_layer import are_bare, whole_layer
 from moesaic.routers import TopKRouter
 
 
@@ -144,7 +144,7 @@ class MoELayer(ExactBuffers):
             return None
         if type(experts) is not GatedExperts and type(experts) is not MLPExperts:
             return None
-        if not is_bare(router, dispatch, experts):
+        if not are_bare(router, dispatch, experts):
             return None
         choice, stacks = router.plain_choice(), experts.plain_stacks()
         if choice is None or stacks is None:

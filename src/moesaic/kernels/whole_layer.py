@@ -15,8 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from moesaic.core.routing import Routing, checked_mask
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.few_rows import FEW_ROWS
-from moesaic.kernels.grouped_ffn.native import ACTIVATIONS, native_misfits
-from moesaic.kernels.native.build import Chooser, Job, Stack
+from moesaic.kernels.grouped_ffn.native import ACTIVATIONS
+from moesaic.kernels.native.build import Layer
 from moesaic.kernels.native.calls import DONE, MOST_CHOICES, callable_on
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -57,11 +57,13 @@ _SCORES = {"softmax": 0, "sigmoid": 1}
 _WEIGHTS = {"scores": 0, "chosen": 1, "logits": 2}
 
 
-def is_bare(*modules: nn.Module) -> bool:
-    """Whether calling these modules does what their classes do and no more: no hooks, no other forward."""
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return False
-    return not any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in modules)
+def are_bare(*modules: nn.Module) -> bool:
+    """Whether calling modules does what their classes do and no more: nobody hooked in or gave them another forward."""
+    return not _has_any_global_hook() and all(map(_is_bare, modules))  # type: ignore[no-untyped-call]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def whole_layer(
@@ -77,7 +79,7 @@ def whole_layer(
         sequence_T: for the table.
         choice, experts: what the layer's parts do.
     """
-    num_experts, num_tokens, top_k = experts.up_EDF.shape[0], x_TD.shape[0], choice.top_k
+    (num_experts, width, hidden), num_tokens, top_k = experts.up_EDF.shape, x_TD.shape[0], choice.top_k
     if num_tokens * top_k > FEW_ROWS * num_experts or torch.is_autocast_enabled("cpu"):
         return None
     kernels = callable_on(*[one for one in (x_TD, valid_T, *choice[:3], *experts[:3]) if one is not None])
@@ -85,28 +87,32 @@ def whole_layer(
         return None
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     routing = _empty_table(num_tokens, top_k, num_experts, valid_T, sequence_T)
-    job = _job(x_TD, experts, y_TD)
     biases = _as_floats(choice.logit_bias_E), _as_floats(choice.selection_bias_E)
-    chooser = Chooser(
-        choice.weight_ED.data_ptr(),
-        choice.weight_ED.stride(0),
+    layer = Layer(
+        num_experts,
+        num_tokens,
+        width,
+        hidden,
         top_k,
-        *[None if bias_E is None else bias_E.data_ptr() for bias_E in biases],
-        choice.scale,
+        x_TD.stride(0),
+        ACTIVATIONS[experts.activation.name],
+        experts.gate_EDF is not None,
+        torch.get_num_threads(),
+        x_TD.dtype == torch.bfloat16,
         choice.weight_ED.dtype == torch.bfloat16,
         _SCORES[choice.score],
         _WEIGHTS[choice.weights],
-        routing.valid_T.data_ptr(),
-        routing.logits_TE.data_ptr(),
-        routing.scores_TE.data_ptr(),
-        routing.weight_N.data_ptr(),
-        routing.expert_N.data_ptr(),
-        routing.token_N.data_ptr(),
-        routing.choice_N.data_ptr(),
-        routing.kept_N.data_ptr(),
+        choice.scale,
+        *_addresses(x_TD, *experts[:3], choice.weight_ED, *biases, routing.valid_T, y_TD),
+        *_addresses(routing.logits_TE, routing.scores_TE, routing.weight_N),
+        *_addresses(routing.expert_N, routing.token_N, routing.choice_N, routing.kept_N),
     )
-    answer = kernels.whole_layer(ctypes.byref(job), ctypes.byref(chooser))
+    answer = kernels.whole_layer(ctypes.byref(layer))
     return (y_TD, routing) if answer == DONE else None
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _fit(x_TD: Tensor, choice: TopKChoice, experts: ExpertStacks) -> bool:
@@ -119,39 +125,17 @@ def _fit(x_TD: Tensor, choice: TopKChoice, experts: ExpertStacks) -> bool:
         and weight_ED.dtype in _DTYPES
         and dtype == up_EDF.dtype == down_EFD.dtype
         and x_TD.shape == (x_TD.shape[0], width)
-        and x_TD.stride(1) == weight_ED.stride(1) == 1
+        and x_TD.stride(1) == 1
+        and weight_ED.is_contiguous()
+        and up_EDF.is_contiguous()
+        and down_EFD.is_contiguous()
         and weight_ED.shape == (num_experts, width)
         and (logit_bias_E is None or logit_bias_E.shape == (num_experts,))
         and (selection_bias_E is None or selection_bias_E.shape == (num_experts,))
         and 1 <= choice.top_k <= min(num_experts, MOST_CHOICES)
         and down_EFD.shape == (num_experts, hidden, width)
-        and (gate_EDF is None or (gate_EDF.dtype == dtype and gate_EDF.shape == up_EDF.shape))
-        and native_misfits(gate_EDF, up_EDF, down_EFD) is None
-    )
-
-
-def _job(x_TD: Tensor, experts: ExpertStacks, y_TD: Tensor) -> Job:
-    """What there is to do, but for the rows, which are C's to find."""
-    gate_EDF, up_EDF, down_EFD, activation = experts
-    num_experts, width, hidden = up_EDF.shape
-    return Job(
-        num_experts,
-        x_TD.shape[0],
-        width,
-        hidden,
-        ACTIVATIONS[activation.name],
-        gate_EDF is not None,
-        torch.get_num_threads(),
-        x_TD.dtype == torch.bfloat16,
-        x_TD.data_ptr(),
-        x_TD.stride(0),
-        None,
-        None,
-        None,
-        Stack.of(gate_EDF),
-        Stack.of(up_EDF),
-        Stack.of(down_EFD),
-        y_TD.data_ptr(),
+        and (gate_EDF is None or (gate_EDF.dtype, gate_EDF.shape) == (dtype, up_EDF.shape))
+        and (gate_EDF is None or gate_EDF.is_contiguous())
     )
 
 

@@ -126,7 +126,7 @@ class TopKRouter(TokenChoiceRouter):
             self.logit_bias_E,
             self.bias_E,
             "softmax" if self.score == softmax else "sigmoid",
-            "logits" if self._weighs_chosen_logits else self.normalize,
+            self.normalize,
             self.top_k,
             self.scale,
         )

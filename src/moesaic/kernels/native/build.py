@@ -80,20 +80,33 @@ class Job(ctypes.Structure):
     )
 
 
-class Chooser(ctypes.Structure):
-    """``struct chooser`` of whole_layer.c, field by field."""
+class Layer(ctypes.Structure):
+    """``struct layer`` of whole_layer.c, field by field."""
 
     _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("weight_row", ctypes.c_int64),
+        ("num_experts", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
         ("top_k", ctypes.c_int64),
-        ("logit_bias", ctypes.c_void_p),
-        ("selection_bias", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
+        ("x_row", ctypes.c_int64),
+        ("activation", ctypes.c_int32),
+        ("is_gated", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
         ("is_bf16", ctypes.c_int32),
+        ("router_is_bf16", ctypes.c_int32),
         ("score", ctypes.c_int32),
         ("weights", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("router", ctypes.c_void_p),
+        ("logit_bias", ctypes.c_void_p),
+        ("selection_bias", ctypes.c_void_p),
         ("valid", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("weight_of", ctypes.c_void_p),
@@ -214,7 +227,7 @@ def build(compiler: str | None = None) -> Compiled:
 
 def _opened(path: Path) -> Compiled:
     dll = ctypes.CDLL(str(path))
-    for structure, size_in_c in ((Job, dll.moesaic_job_bytes), (Chooser, dll.moesaic_chooser_bytes)):
+    for structure, size_in_c in ((Job, dll.moesaic_job_bytes), (Layer, dll.moesaic_layer_bytes)):
         size_in_c.restype = ctypes.c_int64
         if size_in_c() != ctypes.sizeof(structure):
             raise BackendError(
