@@ -85,7 +85,7 @@ def whole_layer(
     kernels = callable_on(*[one for one in (x_TD, valid_T, *choice[:3], *experts[:3]) if one is not None])
     if kernels is None or not _fit(x_TD, choice, experts):
         return None
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    y_TD = torch.empty_like(x_TD)
     routing = _empty_table(num_tokens, top_k, num_experts, valid_T, sequence_T)
     biases = _as_floats(choice.logit_bias_E), _as_floats(choice.selection_bias_E)
     layer = Layer(
@@ -152,13 +152,16 @@ def _empty_table(
         valid_T = torch.ones(num_tokens, dtype=torch.bool)
     else:
         valid_T = checked_mask(valid_T, num_tokens, valid_T.device).contiguous()
+    # Tensors like others are made in two thirds of the time.
+    expert_N = torch.empty(num_rows, dtype=torch.int64)
+    logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32)
     return Routing(
-        expert_N=torch.empty(num_rows, dtype=torch.int64),
-        token_N=torch.empty(num_rows, dtype=torch.int64),
+        expert_N=expert_N,
+        token_N=torch.empty_like(expert_N),
         weight_N=torch.empty(num_rows, dtype=torch.float32),
-        choice_N=torch.empty(num_rows, dtype=torch.int64),
-        logits_TE=torch.empty(num_tokens, num_experts, dtype=torch.float32),
-        scores_TE=torch.empty(num_tokens, num_experts, dtype=torch.float32),
+        choice_N=torch.empty_like(expert_N),
+        logits_TE=logits_TE,
+        scores_TE=torch.empty_like(logits_TE),
         valid_T=valid_T,
         kept_N=torch.empty(num_rows, dtype=torch.bool),
         sequence_T=sequence_T,
