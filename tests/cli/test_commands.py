@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -264,3 +265,23 @@ def test_recipes_are_listed_and_shown(capsys):
     assert run(["recipes", "show", "deepseek-v3"]) == 0
     assert "  bias controller, stepped once per optimizer step: rate 0.001, rule sign" in said(capsys)[0].splitlines()
     assert run(["recipes", "show", "quantum"]) == 2
+
+
+@pytest.mark.parametrize("wish", [None, "0"])
+def test_the_command_asks_pytorch_for_large_pages_unless_told_otherwise(wish):
+    """Read by PyTorch when the first tensor is made, which is after the command has begun."""
+    script = (
+        "import os, sys\n"
+        "from moesaic import cli\n"
+        "sys.argv = ['moesaic', '--version']\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit:\n"
+        "    print(os.environ['THP_MEM_ALLOC_ENABLE'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    if wish is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = wish
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == (wish or "1")

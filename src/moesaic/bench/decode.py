@@ -24,10 +24,12 @@ from moesaic.bench.timing import Work, clock_of, interleaved, ratios
 LIMIT = "bandwidth"
 MIN_VISITS = 32
 ABOUT = (
-    "A visit is one forward of one layer, under no_grad, by 1, 4 or 16 tokens. A pass makes at least 32 visits to "
-    "several layers, so that every weight comes from memory and none from a cache, as in a model of many layers; times "
-    "are of a visit.",
+    "A visit is one forward of one layer in evaluation, under no_grad, by 1, 4 or 16 tokens. A pass makes at least 32 "
+    "visits to several layers, so that every weight comes from memory and none from a cache, as in a model of many "
+    "layers; times are of a visit.",
     bandwidth.ABOUT,
+    "The moesaic command has PyTorch ask Linux for pages of 2 MiB: everybody's weights lie in them, and so does what "
+    "bandwidth is measured on.",
     "The limit is the time in which a visit's active weights, those of every expert that some token chose, can be "
     "read. A single token's experts are never chosen again within a pass where there are enough of them.",
     "The dense layer reads as many bytes, from copies that are just as cold.",
