@@ -1,14 +1,18 @@
 """A layer in one call of C: what its steps give, and only where nobody needs the steps."""
 
+import copy
+import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import moesaic.layer as layer_module
-from moesaic import ConfigError, Context, MoELayer, ShapeError
+from moesaic import ConfigError, Context, MoELayer, Routing, ShapeError
 from moesaic.dispatch import Capacity
 from moesaic.experts import GatedExperts, MLPExperts, SharedExpert
 from moesaic.kernels.activations import gelu, relu, silu
@@ -155,6 +159,32 @@ def test_an_expert_without_a_chance_has_none_and_what_is_no_number_is_seen(calls
     assert calls_of_c == [True, True]
 
 
+@pytest.mark.parametrize("first", [*FIELDS, "extras", "sequence_T", "load_E"])
+def test_the_table_can_be_read_from_any_field_on_copied_and_changed(calls_of_c, first):
+    layer, x_TD = build(), torch.randn(3, D)
+    context = Context(sequence_T=torch.tensor([0, 1, 1]))
+
+    def table() -> Routing:
+        with torch.no_grad():
+            return layer(x_TD, None, context)[1]
+
+    expected = both(layer, x_TD, None, context)[1][1]
+    read = table()
+    if first != "extras":
+        torch.testing.assert_close(getattr(read, first), getattr(expected, first), rtol=1e-5, atol=1e-6)
+    changed = replace(table(), **({first: getattr(read, first)} if first != "load_E" else {}))
+    through = pytree.tree_map(lambda tensor: tensor, table())
+    assert type(through) is Routing
+    for other in (read, changed, through, copy.deepcopy(table()), pickle.loads(pickle.dumps(table()))):
+        assert isinstance(other, Routing)
+        for name in (*FIELDS, "sequence_T"):
+            torch.testing.assert_close(getattr(other, name), getattr(expected, name), rtol=1e-5, atol=1e-6, msg=name)
+        assert other.extras == {}
+    with pytest.raises(AttributeError, match="has no attribute 'experts'"):
+        _ = table().experts
+    assert all(calls_of_c)
+
+
 def test_the_same_bits_on_any_number_of_threads(calls_of_c):
     layer, x_TD = build(experts=GatedExperts(E, D, 900)), torch.randn(3, D)
     before = torch.get_num_threads()
@@ -274,7 +304,7 @@ def test_c_refuses_what_does_not_fit_together(compiled):
 
     assert given() is not None
     assert given(gate=None) is not None
-    assert given(logit_bias_E=torch.zeros(2 * E)[::2]) is not None
+    assert given(logit_bias_E=torch.zeros(E), selection_bias_E=torch.zeros(E)) is not None
     for changed in (
         {"x_TD": torch.randn(2, D + 1)},
         {"x_TD": torch.randn(D, 2).t()},
@@ -283,6 +313,9 @@ def test_c_refuses_what_does_not_fit_together(compiled):
         {"weight_ED": torch.randn(D, E).t()},
         {"weight_ED": torch.randn(E, D).double()},
         {"logit_bias_E": torch.zeros(E - 1)},
+        {"logit_bias_E": torch.zeros(2 * E)[::2]},
+        {"logit_bias_E": torch.zeros(E).bfloat16()},
+        {"selection_bias_E": torch.zeros(E).bfloat16()},
         {"selection_bias_E": torch.zeros(E + 1)},
         {"top_k": 0},
         {"top_k": E + 1},

@@ -272,4 +272,9 @@ def _unflatten(leaves: object, _context: None) -> Routing:
     return Routing(**dict(zip(_FIELDS, leaves, strict=True)))  # type: ignore[call-overload]
 
 
-pytree.register_pytree_node(Routing, _flatten, _unflatten, serialized_type_name="moesaic.Routing")
+def register_as_routing(kind: type[Routing]) -> None:
+    """Let PyTorch see the tensors of a kind of table, which comes back from its hands as a plain one."""
+    pytree.register_pytree_node(kind, _flatten, _unflatten, serialized_type_name=f"moesaic.{kind.__name__}")
+
+
+register_as_routing(Routing)

@@ -6,13 +6,14 @@ What PyTorch takes for a single token's thirty small operations is as long as re
 from __future__ import annotations
 
 import ctypes
-from typing import Literal, NamedTuple
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from moesaic.core.routing import Routing, checked_mask
+from moesaic.core.routing import Routing, checked_mask, register_as_routing
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.few_rows import FEW_ROWS
 from moesaic.kernels.grouped_ffn.native import ACTIVATIONS
@@ -55,6 +56,7 @@ class ExpertStacks(NamedTuple):
 
 _SCORES = {"softmax": 0, "sigmoid": 1}
 _WEIGHTS = {"scores": 0, "chosen": 1, "logits": 2}
+_LATER = {field.name for field in fields(Routing)} - {"sequence_T"}
 
 
 def are_bare(*modules: nn.Module) -> bool:
@@ -85,9 +87,11 @@ def whole_layer(
     kernels = callable_on(*[one for one in (x_TD, valid_T, *choice[:3], *experts[:3]) if one is not None])
     if kernels is None or not _fit(x_TD, choice, experts):
         return None
+    if valid_T is not None:
+        valid_T = checked_mask(valid_T, num_tokens, x_TD.device).contiguous()
     y_TD = torch.empty_like(x_TD)
-    routing = _empty_table(num_tokens, top_k, num_experts, valid_T, sequence_T)
-    biases = _as_floats(choice.logit_bias_E), _as_floats(choice.selection_bias_E)
+    routing = UnreadRouting.empty(num_tokens, top_k, num_experts, valid_T, sequence_T)
+    tensors = (x_TD, *experts[:3], *choice[:3], valid_T, y_TD, routing.memory)
     layer = Layer(
         num_experts,
         num_tokens,
@@ -103,16 +107,10 @@ def whole_layer(
         _SCORES[choice.score],
         _WEIGHTS[choice.weights],
         choice.scale,
-        *_addresses(x_TD, *experts[:3], choice.weight_ED, *biases, routing.valid_T, y_TD),
-        *_addresses(routing.logits_TE, routing.scores_TE, routing.weight_N),
-        *_addresses(routing.expert_N, routing.token_N, routing.choice_N, routing.kept_N),
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
     )
     answer = kernels.whole_layer(ctypes.byref(layer))
     return (y_TD, routing) if answer == DONE else None
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _fit(x_TD: Tensor, choice: TopKChoice, experts: ExpertStacks) -> bool:
@@ -126,43 +124,79 @@ def _fit(x_TD: Tensor, choice: TopKChoice, experts: ExpertStacks) -> bool:
         and dtype == up_EDF.dtype == down_EFD.dtype
         and x_TD.shape == (x_TD.shape[0], width)
         and x_TD.stride(1) == 1
+        and weight_ED.shape == (num_experts, width)
         and weight_ED.is_contiguous()
         and up_EDF.is_contiguous()
-        and down_EFD.is_contiguous()
-        and weight_ED.shape == (num_experts, width)
-        and (logit_bias_E is None or logit_bias_E.shape == (num_experts,))
-        and (selection_bias_E is None or selection_bias_E.shape == (num_experts,))
-        and 1 <= choice.top_k <= min(num_experts, MOST_CHOICES)
         and down_EFD.shape == (num_experts, hidden, width)
-        and (gate_EDF is None or (gate_EDF.dtype, gate_EDF.shape) == (dtype, up_EDF.shape))
-        and (gate_EDF is None or gate_EDF.is_contiguous())
+        and down_EFD.is_contiguous()
+        and (gate_EDF is None or _is_like(gate_EDF, dtype, up_EDF.shape))
+        and (logit_bias_E is None or _is_like(logit_bias_E, weight_ED.dtype, up_EDF.shape[:1]))
+        and (selection_bias_E is None or _is_like(selection_bias_E, torch.float32, up_EDF.shape[:1]))
+        and 1 <= choice.top_k <= min(num_experts, MOST_CHOICES)
     )
 
 
-def _as_floats(bias_E: Tensor | None) -> Tensor | None:
-    return None if bias_E is None else bias_E.to(torch.float32).contiguous()
+def _is_like(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
+    return tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
 
 
-def _empty_table(
-    num_tokens: int, top_k: int, num_experts: int, valid_T: Tensor | None, sequence_T: Tensor | None
-) -> Routing:
-    """A table that C will fill."""
-    num_rows = num_tokens * top_k
-    if valid_T is None:
-        valid_T = torch.ones(num_tokens, dtype=torch.bool)
-    else:
-        valid_T = checked_mask(valid_T, num_tokens, valid_T.device).contiguous()
-    # Tensors like others are made in two thirds of the time.
-    expert_N = torch.empty(num_rows, dtype=torch.int64)
-    logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32)
-    return Routing(
-        expert_N=expert_N,
-        token_N=torch.empty_like(expert_N),
-        weight_N=torch.empty(num_rows, dtype=torch.float32),
-        choice_N=torch.empty_like(expert_N),
-        logits_TE=logits_TE,
-        scores_TE=torch.empty_like(logits_TE),
-        valid_T=valid_T,
-        kept_N=torch.empty(num_rows, dtype=torch.bool),
-        sequence_T=sequence_T,
-    )
+class UnreadRouting(Routing):
+    """A table as C wrote it, in one piece of memory, taken apart when one of its fields is read.
+
+    In generation mostly nobody reads it, and making its eight tensors takes a third of what Python takes for a call.
+    """
+
+    __slots__ = ("_sizes", "_valid_T", "memory")
+
+    memory: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_tokens: int, top_k: int, num_experts: int, valid_T: Tensor | None, sequence_T: Tensor | None
+    ) -> UnreadRouting:
+        """A table for C to write.
+
+        Args:
+            num_tokens: T.
+            top_k: K.
+            num_experts: E.
+            valid_T: bool, or None: all are.
+            sequence_T: see :class:`~moesaic.core.routing.Routing`.
+        """
+        self, keep = cls.__new__(cls), object.__setattr__
+        keep(self, "_sizes", (num_tokens, top_k, num_experts))
+        keep(self, "_valid_T", valid_T)
+        keep(self, "sequence_T", sequence_T)
+        keep(self, "memory", torch.empty(num_tokens * (29 * top_k + 8 * num_experts), dtype=torch.uint8))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """A field, which is not there before the first of them is read."""
+        if name not in _LATER:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        for field, value in self._taken_apart().items():
+            object.__setattr__(self, field, value)
+        return object.__getattribute__(self, name)
+
+    def _taken_apart(self) -> dict[str, Any]:
+        """Where the fields lie: ``struct table`` of whole_layer.c."""
+        num_tokens, top_k, num_experts = self._sizes
+        num_rows, num_scores = num_tokens * top_k, num_tokens * num_experts
+        pieces = self.memory.split_with_sizes((24 * num_rows, 8 * num_scores, 4 * num_rows, num_rows))
+        expert_N, token_N, choice_N = pieces[0].view(torch.int64).view(3, num_rows)
+        logits_TE, scores_TE = pieces[1].view(torch.float32).view(2, num_tokens, num_experts)
+        valid_T = torch.ones(num_tokens, dtype=torch.bool) if self._valid_T is None else self._valid_T
+        return {
+            "expert_N": expert_N,
+            "token_N": token_N,
+            "choice_N": choice_N,
+            "logits_TE": logits_TE,
+            "scores_TE": scores_TE,
+            "weight_N": pieces[2].view(torch.float32),
+            "kept_N": pieces[3].view(torch.bool),
+            "valid_T": valid_T,
+            "extras": {},
+        }
+
+
+register_as_routing(UnreadRouting)

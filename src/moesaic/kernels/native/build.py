@@ -107,13 +107,7 @@ class Layer(ctypes.Structure):
         ("selection_bias", ctypes.c_void_p),
         ("valid", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("scores", ctypes.c_void_p),
-        ("weight_of", ctypes.c_void_p),
-        ("expert", ctypes.c_void_p),
-        ("token", ctypes.c_void_p),
-        ("choice", ctypes.c_void_p),
-        ("kept", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
     )
 
 

@@ -25,14 +25,35 @@ struct layer {
     const void *x;                            /* (T, D), rows x_row apart */
     void *gate, *up, *down;                   /* (E, D, F), (E, D, F), (E, F, D) */
     const void *router;                       /* (E, D) */
-    const float *logit_bias, *selection_bias; /* (E,), or NULL */
-    const uint8_t *valid;                     /* (T,) */
+    const void *logit_bias;                   /* (E,), as the router's weight, or NULL */
+    const float *selection_bias;              /* (E,), or NULL */
+    const uint8_t *valid;                     /* (T,), or NULL: all are */
     void *y;                                  /* (T, D) */
-    float *logits, *scores;                   /* (T, E) */
-    float *weight_of;                         /* of each row, (N,), as all below */
+    void *table;                              /* see below */
+};
+
+/* The table in one piece of memory: of each row (N,) its expert, token and choice; of each token the logits and scores
+ * (T, E); of each row its weight and whether it is kept. Mirrored in whole_layer.py. */
+struct table {
     int64_t *expert, *token, *choice;
+    float *logits, *scores, *weight;
     uint8_t *kept;
 };
+
+static struct table table_of(const struct layer *layer) {
+    const int64_t N = layer->num_tokens * layer->top_k, num_scores = layer->num_tokens * layer->num_experts;
+    int64_t *wholes = layer->table;
+    float *floats_of = (float *)(wholes + 3 * N);
+    return (struct table){
+        .expert = wholes,
+        .token = wholes + N,
+        .choice = wholes + 2 * N,
+        .logits = floats_of,
+        .scores = floats_of + num_scores,
+        .weight = floats_of + 2 * num_scores,
+        .kept = (uint8_t *)(floats_of + 2 * num_scores + N),
+    };
+}
 
 /* So many products of a logit are worth a second thread. */
 enum { OF_ONE_THREAD = 16384 };
@@ -57,7 +78,7 @@ static void score(enum score how, const float *logit, int64_t n, float *into) {
 }
 
 /* The logits of all tokens. lines has room for D floats of each. */
-static void fill_logits(const struct layer *layer, float *lines) {
+static void fill_logits(const struct layer *layer, const struct table *table, float *lines) {
     const int64_t T = layer->num_tokens, E = layer->num_experts, D = layer->width, D_row = whole_lines(D);
     for (int64_t t = 0; t < T; t++) {
         const float *x = (const float *)layer->x + t * layer->x_row;
@@ -73,38 +94,41 @@ static void fill_logits(const struct layer *layer, float *lines) {
             memcpy(to, x, (size_t)D * sizeof *to);
     }
 #pragma omp parallel for schedule(static) num_threads(layer->num_threads) if (T * E * D > OF_ONE_THREAD)
-    for (int64_t e = 0; e < E; e++)
+    for (int64_t e = 0; e < E; e++) {
+        const float *row = (const float *)layer->router + e * D, *biases = layer->logit_bias;
+        const bf16 *half_row = (const bf16 *)layer->router + e * D, *half_biases = layer->logit_bias;
+        float bias = 0;
+        if (layer->logit_bias) bias = layer->router_is_bf16 ? one_bf16(half_biases[e]) : biases[e];
         for (int64_t t = 0; t < T; t++) {
-            const float logit = layer->router_is_bf16
-                                    ? dot_bf16(lines + t * D_row, (const bf16 *)layer->router + e * D, D)
-                                    : dot_f32(lines + t * D_row, (const float *)layer->router + e * D, D);
-            layer->logits[t * E + e] = layer->logit_bias ? logit + layer->logit_bias[e] : logit;
+            const float *x = lines + t * D_row;
+            table->logits[t * E + e] = bias + (layer->router_is_bf16 ? dot_bf16(x, half_row, D) : dot_f32(x, row, D));
         }
+    }
 }
 
 /* The rows of all tokens. by has room for E floats. 0: done. 2: not done, for want of memory. */
-static int fill_rows(const struct layer *layer, float *by) {
+static int fill_rows(const struct layer *layer, const struct table *table, float *by) {
     const int64_t E = layer->num_experts, K = layer->top_k;
     for (int64_t t = 0; t < layer->num_tokens; t++) {
-        const float *logits = layer->logits + t * E;
-        float *scores = layer->scores + t * E, *weight_of = layer->weight_of + t * K;
-        int64_t *expert = layer->expert + t * K;
+        const float *logits = table->logits + t * E;
+        float *scores = table->scores + t * E, *weight = table->weight + t * K;
+        int64_t *expert = table->expert + t * K;
         score(layer->score, logits, E, scores);
         if (layer->selection_bias)
             for (int64_t e = 0; e < E; e++) by[e] = scores[e] + layer->selection_bias[e];
         if (moesaic_top_k(layer->selection_bias ? by : logits, E, 1, E, K, expert, 1)) return 2;
         for (int64_t k = 0; k < K; k++) {
-            weight_of[k] = layer->weights == SCORES ? scores[expert[k]] : logits[expert[k]];
-            layer->token[t * K + k] = t;
-            layer->choice[t * K + k] = k;
-            layer->kept[t * K + k] = layer->valid[t];
+            weight[k] = layer->weights == SCORES ? scores[expert[k]] : logits[expert[k]];
+            table->token[t * K + k] = t;
+            table->choice[t * K + k] = k;
+            table->kept[t * K + k] = !layer->valid || layer->valid[t];
         }
         /* Chosen scores by their sum: of softmax, the softmax of the chosen logits; of sigmoids, that of their logs. */
         if (layer->weights == CHOSEN_SCORES && layer->score == SIGMOID)
-            for (int64_t k = 0; k < K; k++) weight_of[k] = log_sigmoid(weight_of[k]);
-        if (layer->weights == CHOSEN_SCORES) softmax(weight_of, K, weight_of);
-        if (layer->weights == CHOSEN_LOGITS) score(layer->score, weight_of, K, weight_of);
-        for (int64_t k = 0; k < K; k++) weight_of[k] *= layer->scale;
+            for (int64_t k = 0; k < K; k++) weight[k] = log_sigmoid(weight[k]);
+        if (layer->weights == CHOSEN_SCORES) softmax(weight, K, weight);
+        if (layer->weights == CHOSEN_LOGITS) score(layer->score, weight, K, weight);
+        for (int64_t k = 0; k < K; k++) weight[k] *= layer->scale;
     }
     return 0;
 }
@@ -114,11 +138,11 @@ static struct stack stack_of(void *data, int64_t rows, int64_t columns) {
 }
 
 /* The experts' outputs. wholes has room for 2 N + 2 E numbers, weight for N. As moesaic_few_rows answers. */
-static int run_experts(const struct layer *layer, int64_t *wholes, float *weight) {
+static int run_experts(const struct layer *layer, const struct table *table, int64_t *wholes, float *weight) {
     const int64_t E = layer->num_experts, D = layer->width, F = layer->hidden, N = layer->num_tokens * layer->top_k;
     int64_t *row_of = wholes, *token_of = row_of + N, *load = token_of + N, *end = load + E;
-    if (moesaic_sort_rows(N, E, layer->expert, layer->token, layer->kept, row_of, token_of, load, end)) return 1;
-    for (int64_t n = 0; n < N; n++) weight[n] = layer->weight_of[row_of[n]];
+    if (moesaic_sort_rows(N, E, table->expert, table->token, table->kept, row_of, token_of, load, end)) return 1;
+    for (int64_t n = 0; n < N; n++) weight[n] = table->weight[row_of[n]];
     const struct job job = {
         .num_experts = E,
         .num_tokens = layer->num_tokens,
@@ -150,9 +174,10 @@ int moesaic_whole_layer(const struct layer *layer) {
     int answer = 2;
     if (floats_of && wholes) {
         float *lines = floats_of, *by = lines + T * D_row, *weight = by + E;
-        fill_logits(layer, lines);
-        answer = fill_rows(layer, by);
-        if (answer == 0) answer = run_experts(layer, wholes, weight);
+        const struct table table = table_of(layer);
+        fill_logits(layer, &table, lines);
+        answer = fill_rows(layer, &table, by);
+        if (answer == 0) answer = run_experts(layer, &table, wholes, weight);
     }
     free(floats_of);
     free(wholes);
