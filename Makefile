@@ -62,7 +62,7 @@ bench: env       ## measure speed and memory on this CPU, about an hour, and wri
 	$(BIN)/moesaic native
 	$(BIN)/moesaic bench layer --out $(RESULTS)
 	$(BIN)/moesaic bench model --out $(RESULTS)
-	$(BIN)/moesaic bench decode --case coarse --case fine --case big-fine --out $(RESULTS)
+	$(BIN)/moesaic bench decode --case coarse --case fine --case very-fine --case big-fine --out $(RESULTS)
 	$(BIN)/moesaic bench memory --out $(RESULTS)
 	$(BIN)/moesaic bench scale --dtype bfloat16 --out $(RESULTS)
 	$(BIN)/moesaic bench page --results $(RESULTS) --out docs/speed.md

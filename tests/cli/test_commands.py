@@ -268,17 +268,16 @@ def test_recipes_are_listed_and_shown(capsys):
 
 
 @pytest.mark.parametrize("wish", [None, "0"])
-def test_the_command_asks_pytorch_for_large_pages_unless_told_otherwise(wish):
-    """Read by PyTorch when the first tensor is made, which is after the command has begun."""
+@pytest.mark.parametrize(
+    "arguments", [["generate", "nowhere"], ["serve", "nowhere"], ["bench", "decode", "--case", "none"]], ids=str
+)
+def test_who_reads_weights_for_each_token_asks_for_large_pages_unless_told_otherwise(arguments, wish):
+    """Read by PyTorch when it makes its first tensor, so asked for before it is there."""
     script = (
         "import os, sys\n"
-        "from moesaic import cli\n"
-        "sys.argv = ['moesaic', '--version']\n"
-        "assert 'torch' not in sys.modules\n"
-        "try:\n"
-        "    cli.main()\n"
-        "except SystemExit:\n"
-        "    print(os.environ['THP_MEM_ALLOC_ENABLE'])\n"
+        "from moesaic.cli.app import run\n"
+        f"assert run({arguments!r}) != 0\n"
+        "print(os.environ['THP_MEM_ALLOC_ENABLE'])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     if wish is not None:

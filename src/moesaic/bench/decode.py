@@ -28,8 +28,8 @@ ABOUT = (
     "visits to several layers, so that every weight comes from memory and none from a cache, as in a model of many "
     "layers; times are of a visit.",
     bandwidth.ABOUT,
-    "The moesaic command has PyTorch ask Linux for pages of 2 MiB: everybody's weights lie in them, and so does what "
-    "bandwidth is measured on.",
+    "The command has PyTorch ask Linux for pages of 2 MiB (THP_MEM_ALLOC_ENABLE): everybody's weights lie in them, and "
+    "so does what bandwidth is measured on.",
     "The limit is the time in which a visit's active weights, those of every expert that some token chose, can be "
     "read. A single token's experts are never chosen again within a pass where there are enough of them.",
     "The dense layer reads as many bytes, from copies that are just as cold.",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesaic.cli.pages import ask_for_large_pages
+
 if TYPE_CHECKING:
     from moesaic.train.load import Trained
 
@@ -36,6 +38,7 @@ def generate(
 
     Domains are numbered in the order in which training lists their bits per byte.
     """
+    ask_for_large_pages()
     from moesaic.hf import domains
     from moesaic.train import load_trained
 

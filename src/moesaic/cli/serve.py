@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moesaic.cli.pages import ask_for_large_pages
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb."""
@@ -40,6 +42,7 @@ def serve(
     Only this machine can reach it, unless --host says otherwise; that needs an API key. Ctrl-C or SIGTERM stops it:
     running answers are finished first.
     """
+    ask_for_large_pages()
     from moesaic.serve import Settings
     from moesaic.serve import serve as run
 

@@ -23,6 +23,7 @@ from moesaic.cli.bench.options import (
     measuring,
     shower,
 )
+from moesaic.cli.pages import ask_for_large_pages
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,6 +48,7 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Time decoding beside the time in which memory gives the chosen experts' weights, measured in the same run."""
+    ask_for_large_pages()
     from moesaic.bench.decode import Decoding
     from moesaic.bench.decode import decode as measure
 
