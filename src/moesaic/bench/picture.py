@@ -87,18 +87,23 @@ def _paint_bars(axes: Axes, group: Group, value: Callable[[Line], float | None],
     ours = [found for line, found in zip(group.lines, values, strict=True) if found and _is_ours(line.name)]
     longest = max(found for found in values if found is not None)
     end = min(longest, 6 * min(ours, default=longest))
+    # On paper of its own, before the line across.
+    text: dict[str, Any] = {
+        "xytext": (3, 0),
+        "textcoords": "offset points",
+        "va": "center",
+        "fontsize": 6.8,
+        "zorder": 3,
+    }
+    text["bbox"] = {"facecolor": palette.PAPER, "edgecolor": "none", "pad": 0.6}
     for row, (line, found) in enumerate(zip(group.lines, values, strict=True)):
         if found is None:
-            axes.annotate(
-                "not measured", (0, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5
-            )
+            axes.annotate("not measured", (0, row), **text)
             continue
         colour = palette.SPARSE if _is_ours(line.name) else palette.DENSE
         axes.barh(row, min(found, end), height=0.68, color=colour, linewidth=0)
-        text = number(found) if found <= end else f"→ {number(found)}"
-        axes.annotate(
-            text, (min(found, end), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.8
-        )
+        says = number(found) if found <= end else f"→ {number(found)}"
+        axes.annotate(says, (min(found, end), row), **text)
     limit = group.line(group.limit)
     at = value(limit) if limit is not None else None
     if at is not None:
@@ -108,7 +113,7 @@ def _paint_bars(axes: Axes, group: Group, value: Callable[[Line], float | None],
     axes.set_yticks(range(len(values)), [line.name for line in group.lines] if named else [""] * len(values))
     axes.tick_params(axis="y", labelcolor=palette.INK)
     axes.set_xlabel(label, fontsize=7)
-    axes.set_title(group.title, fontsize=7.8)
+    axes.set_title(group.title.replace(", balanced", ""), fontsize=7.8)
     sides: Any = axes.spines
     sides["left"].set_visible(False)
 
