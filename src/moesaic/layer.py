@@ -17,7 +17,7 @@ from moesaic.core.routing import Routing
 from moesaic.dispatch import Sort
 from moesaic.experts import GatedExperts, MLPExperts
 from moesaic.experts.grouped import kernel_report
-from moesaic.kernels.whole_layer import are_bare, whole_layer
+from moesaic.kernels.whole_layer import are_bare, is_at_hand, whole_layer
 from moesaic.routers import TopKRouter
 
 
@@ -134,7 +134,7 @@ class MoELayer(ExactBuffers):
 
     def _in_one_call(self, x_TD: Tensor, valid_T: Tensor | None, context: Context) -> tuple[Tensor, Routing] | None:
         """The same steps for the few tokens of generation, if C is compiled and knows all three parts."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_at_hand(x_TD):
             return None
         if context.choice_TK is not None or self.coefficient is not None:
             return None

@@ -17,6 +17,7 @@ from moesaic.core.routing import Routing, checked_mask, register_as_routing
 from moesaic.kernels.activations import Activation
 from moesaic.kernels.grouped_ffn.few_rows import FEW_ROWS
 from moesaic.kernels.grouped_ffn.native import ACTIVATIONS
+from moesaic.kernels.native import build
 from moesaic.kernels.native.build import Layer
 from moesaic.kernels.native.calls import DONE, MOST_CHOICES, callable_on
 
@@ -57,6 +58,11 @@ class ExpertStacks(NamedTuple):
 _SCORES = {"softmax": 0, "sigmoid": 1}
 _WEIGHTS = {"scores": 0, "chosen": 1, "logits": 2}
 _LATER = {field.name for field in fields(Routing)} - {"sequence_T"}
+
+
+def is_at_hand(x_TD: Tensor) -> bool:
+    """Whether C is compiled and tokens are where it runs: asked first, since most machines have none."""
+    return x_TD.is_cpu and build.compiled() is not None
 
 
 def are_bare(*modules: nn.Module) -> bool:
