@@ -212,7 +212,7 @@ def test_few_rows_agree_with_plain_loops(dtype, num_tokens, order, gated):
     assert_close(y_TD, case.expected(leaves_of(case.inputs, torch.float64)), "y_TD")
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (600, 300), (129, 515)])
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (7, 5), (600, 300), (129, 515), (256, 250)])
 @every_dtype
 @pytest.mark.usefixtures("shared_out")
 def test_few_rows_of_any_size_agree_with_plain_loops(monkeypatch, dtype, width, hidden):

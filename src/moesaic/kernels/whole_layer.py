@@ -55,6 +55,7 @@ class ExpertStacks(NamedTuple):
     activation: Activation
 
 
+# As in whole_layer.c.
 _SCORES = {"softmax": 0, "sigmoid": 1}
 _WEIGHTS = {"scores": 0, "chosen": 1, "logits": 2}
 _LATER = {field.name for field in fields(Routing)} - {"sequence_T"}
